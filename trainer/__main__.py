@@ -1,0 +1,95 @@
+"""The command line: python -m trainer [COMMAND] ..., where `train` is the default."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a shared machine 10x slower
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a run, or go on with it (the default command)",
+    "evaluate": "evaluate a checkpoint on its held-out data",
+    "predict": "label images with a checkpoint",
+    "export": "write a checkpoint as safetensors, torch.export program or ONNX",
+    "checkpoints": "list, verify or prune the checkpoints of a run",
+    "doctor": "check config, data, storage and resuming before a long run",
+    "config": "print the resolved config, or its JSON schema",
+}
+USAGE = """usage: python -m trainer [train] [CONFIG.yaml] [--setting value ...]
+       python -m trainer COMMAND ...
+
+Train a classifier or a GAN on one CPU, on the GPUs of a machine under torchrun, or under srun: the same command. Without
+a config it trains a CNN on scikit-learn's digits. The same command again resumes a run that was stopped.
+
+commands:
+{commands}
+
+  python -m trainer COMMAND --help     the options of a command
+  python -m trainer train --help       every setting of a run
+
+examples:
+  python -m trainer configs/fashion_cnn.yaml --optimizer.lr 3e-4 --run.url s3://bucket/run7
+  torchrun --nproc_per_node=4 -m trainer configs/fashion_cnn.yaml
+  srun --ntasks=8 python -m trainer configs/fashion_cnn.yaml
+
+exit codes: 0 done or stopped by a signal after saving, 1 failed, 2 a mistake in what was asked for
+"""
+
+
+def _rank() -> int:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) if rank.isdecimal() else 0
+
+
+def complain(text: str) -> None:
+    """A user's mistake, a line each, from the first rank only."""
+    if _rank() == 0:
+        for line in text.splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["-h"], ["--help"], ["help"]):
+        table = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
+        print(USAGE.format(commands=table), end="")  # noqa: T201
+        return 0
+    if words[:1] == ["--version"]:
+        from . import __version__
+
+        print(__version__)  # noqa: T201
+        return 0
+    command = words.pop(0) if words and words[0] in COMMANDS else "train"
+
+    from . import commands
+    from .config import UserError
+    from .runtime import LaunchError
+    from .state import Mismatch
+    from .storage import StorageError
+
+    try:
+        return getattr(commands, command)(words)
+    except (UserError, LaunchError, StorageError, Mismatch) as error:
+        complain(str(error))
+        return 2
+    except RuntimeError as error:
+        if "onnection" not in str(error) and "peer" not in str(error):
+            raise
+        print(f"error: rank {_rank()} lost contact with another rank, which has ended; see its message "  # noqa: T201
+              f"({str(error).splitlines()[0][:120]})", file=sys.stderr, flush=True)  # fmt: skip
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Abandoned storage or W&B threads must not hold up the exit, and everything is written by now.
+    os._exit(code) if code else sys.exit(code)

@@ -1,0 +1,385 @@
+"""The commands behind `python -m trainer`; each takes its words and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console as RichConsole
+from rich.table import Table
+from torch import Tensor, nn
+
+from . import run as runs
+from .checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
+from .config import RunConfig, UserError, build, config_class, data_root, dump, read_file
+from .config import DataOptions as Data
+from .data.sources import SUFFIXES, BadSample, DataSet, decode, open_data
+from .data.transforms import Augment, Crop
+from .engine import Engine
+from .runtime import Place, Runtime
+from .state import TrainState, load_weights
+from .storage import Storage, StorageError
+from .tracker import MetricLog, Silent, Tracker
+from .tracker import Console as TrackerConsole
+from .workload import Workload
+
+DEFAULT_NAME = "digits_cnn"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('python -m trainer ')}: {message}; see --help")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - what the user asked for
+
+
+def _split_file(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The config file among the words, and the flags."""
+    flags = list(words)
+    for index, word in enumerate(flags):
+        value_of_flag = index and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
+        if not word.startswith("-") and (index == 0 or (word.endswith((".yaml", ".yml")) and not value_of_flag)):
+            return flags.pop(index), flags
+    return None, flags
+
+
+def _peek(words: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, before the model that knows its type exists."""
+    for index, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and index + 1 < len(words):
+            return words[index + 1]
+    return None
+
+
+def read_config(words: Sequence[str], program: str, description: str) -> tuple[RunConfig, str]:
+    """The config that the words, the environment and the file give, and the run's name."""
+    file, flags = _split_file(words)
+    values = read_file(file) if file else {}
+    section = values.get("workload", {})
+    if not isinstance(section, dict):
+        raise UserError(f"workload: {section!r} should be a mapping with a name: 'workload: {{name: classifier}}'")
+    name = _peek(flags, "--workload.name") or os.environ.get("TRAINER_WORKLOAD__NAME")
+    name = name or str(section.get("name", "classifier"))
+    model = runs.model_for(name)
+    if file or "name" not in section:
+        values = {**values, "workload": {"name": name, **section}}
+    config = build(model, values, flags, program, description)
+    stem = Path(file).stem if file else DEFAULT_NAME
+    if file and stem == "config":  # a run directory's own config
+        stem = Path(file).absolute().parent.name
+    return config, re.sub(r"[^A-Za-z0-9._-]", "_", stem)
+
+
+def train(words: Sequence[str]) -> int:
+    config, name = read_config(words, "python -m trainer [train] [CONFIG.yaml]", "Train a run, or go on with it.")
+    return runs.train(config, name)
+
+
+def config(words: Sequence[str]) -> int:
+    """Print the resolved config as YAML, or with --schema the JSON schema of all workloads."""
+    if "--schema" in words:
+        options = [runs.workload_module(name).Options for name in runs.workload_names()]
+        say(json.dumps(config_class(*options).model_json_schema(), indent=1))
+        return 0
+    text = "Print the resolved config as YAML. With --schema: the JSON schema, for an editor."
+    resolved, _ = read_config(words, "python -m trainer config [--schema] [CONFIG.yaml]", text)
+    say(dump(resolved).rstrip())
+    return 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's checkpoint, opened."""
+
+    storage: Storage
+    step: int
+    config: RunConfig
+    data: DataSet
+    workload: Workload
+
+    @property
+    def name(self) -> str:
+        return f"{self.storage}/checkpoints/{folder(self.step)}"
+
+
+def _locate(url: str) -> tuple[Storage, int | None]:
+    """A run's storage, and the step where the URL names a checkpoint of it."""
+    match = re.fullmatch(r"(.*?)/?checkpoints/step-(\d+)/?", url)
+    storage = Storage(match[1] or ".") if match else Storage(url)
+    try:
+        known = storage.exists("config.yaml")
+    except StorageError as error:
+        raise UserError(str(error)) from None
+    if not known:
+        raise UserError(
+            f"{url}: no run there: give the URL of a run (it holds config.yaml) or of one of its checkpoints"
+        )
+    return storage, int(match[2]) if match else None
+
+
+def _choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: Workload | None) -> int:
+    steps = store.steps()
+    if not steps:
+        raise UserError(f"{storage}: the run has no committed checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
+    if step is None and best is not None:
+        tracker = Tracker(MetricLog(storage), TrackerConsole(None))
+        for segment in tracker.log_.segments():
+            tracker.records += tracker.log_.read(segment)
+        step = tracker.best(best.headline, best.maximise, steps)
+    return steps[-1] if step is None else step
+
+
+def _open(
+    url: str, *, step: int | None = None, best: bool = False, split: str = "auto", root: str | None = None
+) -> Trained:
+    """Open a checkpoint with the data set it was trained on; raises UserError."""
+    storage, named = _locate(url)
+    stored = runs.load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
+    data = open_data(stored.data, root or data_root(stored), split if split != "auto" else stored.evaluate.split)
+    workload = runs.build_workload(stored, data)
+    store = CheckpointStore(storage.at("checkpoints"))
+    step = _choose_step(storage, store, step if step is not None else named, workload if best else None)
+    try:
+        load_weights(workload, store.load(step, ["weights"]).groups["weights"])
+    except Damaged as error:
+        raise UserError(
+            f"{storage}/checkpoints/{folder(step)} is damaged: {error}: choose another with --step"
+        ) from None
+    return Trained(storage, step, stored, data, workload)
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN", help="URL of a run, or of a checkpoint in it")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
+    parser.add_argument("--data-root", metavar="DIR", help="where the data is, if not where the run found it")
+
+
+def evaluate(words: Sequence[str]) -> int:
+    parser = _Parser("python -m trainer evaluate", description="Evaluate a checkpoint; every sample counts once.")
+    _checkpoint_arguments(parser)
+    parser.add_argument("--split", default="auto", choices=["auto", "val", "test", "train"])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu"])
+    given = parser.parse_args(words)
+    trained = _open(
+        given.checkpoint, step=given.step, best=given.best, split=given.split, root=given.data_root
+    )  # fmt: skip
+    config, workload = trained.config, trained.workload
+    place = Place.from_environment()
+    with Runtime(place, device=given.device, precision=config.precision, threads=config.threads) as runtime:
+        runtime.prepare(workload, config.channels_last, False)
+        plan = runs.build_plan(config, len(trained.data.train), workload.group, 1)
+        loader = runs.build_loader(config, trained.data, workload, plan, runtime)
+        engine = Engine(
+            runtime, TrainState(workload), loader, Silent(), runs.SilentSaver(),
+            runs.build_limits(config, plan.batch_size, plan.size), lambda step: 1.0, config.seed,
+        )  # fmt: skip
+        if not engine.evaluate():
+            return 1
+        if runtime.main:
+            split = trained.data.split
+            say(json.dumps({**engine.metrics, "split": split, "samples": loader.evaluation_samples,
+                            "step": trained.step, "checkpoint": trained.name}))  # fmt: skip
+    return 0
+
+
+def _image_paths(names: Sequence[str]) -> list[Path]:
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise UserError(f"{name}: no images in this folder ({', '.join(SUFFIXES)})")
+            paths += found
+        elif path.exists():
+            paths.append(path)
+        else:
+            raise UserError(f"{name}: no such file or folder")
+    return paths
+
+
+@torch.no_grad()
+def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
+    """(N, classes) float32 for image files, prepared as the held-out data is."""
+    data = trained.data.description
+    plain = Data(name=trained.config.data.name)
+    crop = Crop(plain, data.size, 0, train=False)
+    normalise = Augment(plain, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
+    network = trained.workload.eval().inference().eval()
+    found = []
+    for start in range(0, len(paths), batch_size):
+        images = []
+        for path in paths[start : start + batch_size]:
+            try:
+                images.append(crop(decode(path.read_bytes(), str(path), data.channels), 0, 0))
+            except (BadSample, OSError) as error:
+                raise UserError(f"{error}: repair or remove it") from None
+        found.append(network(normalise(torch.stack(images))).float().softmax(1))
+    return torch.cat(found)
+
+
+def predict(words: Sequence[str]) -> int:
+    parser = _Parser("python -m trainer predict", description="Label images: a table of classes and probabilities.")
+    _checkpoint_arguments(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
+    parser.add_argument("--top", type=int, default=3, help="how many classes to show (default: 3)")
+    parser.add_argument("--json", action="store_true", help="a JSON object per image instead of a table")
+    parser.add_argument("--batch-size", type=int, default=64)
+    given = parser.parse_args(words)
+    if given.top < 1 or given.batch_size < 1:
+        raise UserError("predict: --top and --batch-size must be 1 or more")
+    paths = _image_paths(given.images)
+    trained = _open(given.checkpoint, step=given.step, best=given.best, root=given.data_root)
+    names = trained.data.description.classes
+    best = _probabilities(trained, paths, given.batch_size).topk(min(given.top, len(names)))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("image", overflow="fold")
+    for place in range(best.values.shape[1]):
+        table.add_column("label" if place == 0 else f"{place + 1}.", no_wrap=True)
+    for path, values, classes in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+        labels = [(names[c], round(v, 6)) for c, v in zip(classes, values, strict=True)]
+        if given.json:
+            say(json.dumps({"image": str(path), "label": labels[0][0], "probabilities": dict(labels)}))
+        else:
+            table.add_row(str(path), *(f"{label} {value:.1%}" for label, value in labels))
+    if not given.json:
+        RichConsole().print(table)
+    return 0
+
+
+def export(words: Sequence[str]) -> int:
+    parser = _Parser("python -m trainer export", description="Write a checkpoint's network for use elsewhere.")
+    _checkpoint_arguments(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--format", nargs="+", default=["safetensors"], choices=["safetensors", "torch", "onnx"],
+        help="safetensors: weights and config.json; torch: a torch.export program; onnx (default: safetensors)",
+    )  # fmt: skip
+    given = parser.parse_args(words)
+    trained = _open(given.checkpoint, step=given.step, best=given.best, root=given.data_root)
+    target = Path(given.to)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to: {given.to!r} cannot be made: {error.strerror}") from None
+    network = trained.workload.eval().inference().eval().float()
+    data = trained.data.description
+    example = torch.randn(2, *data.shape, generator=torch.Generator().manual_seed(0))
+    writers = {"safetensors": _export_safetensors, "torch": _export_torch, "onnx": _export_onnx}
+    for kind in given.format:
+        say(f"{kind:<12} {writers[kind](network, trained, example, target)}")
+    return 0
+
+
+def _export_safetensors(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
+    from safetensors.torch import save_file
+
+    data = trained.data.description
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
+    about = {
+        "workload": trained.config.workload.model_dump(mode="json"),
+        "input": {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
+        "classes": data.classes, "data": data.name, "checkpoint": trained.name,
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    return f"{target / 'weights.safetensors'}, {target / 'config.json'}"
+
+
+def _export_torch(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    path = target / "model.pt2"
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    return f"{path}; logits differ by {_difference(network, loaded, example)}"
+
+
+def _export_onnx(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError("--format: onnx needs another package: pip install 'trainer[onnx]'") from None
+    import contextlib
+    import io
+    import logging
+
+    path = target / "model.onnx"
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        torch.onnx.export(
+            network, (example,), str(path), input_names=["images"], output_names=["logits"], dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), external_data=False, verbose=False,
+        )  # fmt: skip
+    try:
+        import onnxruntime
+    except ImportError:
+        return f"{path}; not compared, for onnxruntime is not installed"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return f"{path}; logits differ by {_difference(network, lambda x: session.run(None, {'images': x.numpy()})[0], example)}"
+
+
+@torch.no_grad()
+def _difference(network: nn.Module, other: Any, example: Tensor) -> str:
+    return f"{float((network(example) - torch.as_tensor(other(example))).abs().max()):.1e} at most"
+
+
+def checkpoints(words: Sequence[str]) -> int:
+    parser = _Parser("python -m trainer checkpoints", description="List, verify or prune the checkpoints of a run.")
+    parser.add_argument("action", choices=["list", "verify", "prune"])
+    parser.add_argument("run", metavar="RUN", help="URL of a run")
+    parser.add_argument("--keep", type=int, default=3, help="prune: how many of the newest to keep (default: 3)")
+    given = parser.parse_args(words)
+    storage, step = _locate(given.run)
+    store = CheckpointStore(storage.at("checkpoints"))
+    if given.action == "prune":
+        if given.keep < 1:
+            raise UserError(f"--keep: {given.keep} would delete every checkpoint: keep 1 or more")
+        deleted = store.prune(given.keep)
+        say(f"deleted {len(deleted)}, kept {len(store.steps())}: {', '.join(map(folder, store.steps()))}")
+        return 0
+    bad = 0
+    for here in [step] if step is not None else store.folders():
+        names = store.storage.list(folder(here))
+        if given.action == "list":
+            committed = MANIFEST in names
+            size = f"{store.size(here) / 2**20:.1f} MiB" if committed else ""
+            say(
+                f"{folder(here)}  {'committed' if committed else 'set aside' if DAMAGED in names else 'unfinished'}  {size}"
+            )
+            continue
+        problems = store.verify(here)
+        bad += bool(problems)
+        for problem in problems or ["sound"]:
+            say(f"{folder(here)}  {problem}")
+    return 1 if bad else 0
+
+
+def doctor(words: Sequence[str]) -> int:
+    from .doctor import examine
+
+    words = list(words)
+    ranks = _peek(words, "--ranks") or "2"
+    if "--ranks" in words:
+        index = words.index("--ranks")
+        del words[index : index + 2]
+    words = [word for word in words if not word.startswith("--ranks=")]
+    if not ranks.isdecimal() or not 1 <= int(ranks) <= 64:
+        raise UserError(f"--ranks: {ranks!r} is not a number of processes from 1 to 64")
+    text = "Check the real config with a few steps on N gloo ranks (--ranks N, default 2) on the CPU."
+    config, name = read_config(words, "python -m trainer doctor [--ranks N] [CONFIG.yaml]", text)
+    return examine(config, name, int(ranks))

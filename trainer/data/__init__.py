@@ -1,0 +1,1 @@
+"""Order (plan), data sets (sources), augmentation (transforms) and delivery (loader)."""

@@ -1,0 +1,452 @@
+"""Data sets: where samples come from. Each becomes splits of `Memory` (one uint8 tensor) or of `Stored` (read by id)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from ..config import DataOptions, UserError
+from ..workload import Description
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+MAX_PIXELS = 89_000_000  # PIL warns from here on: no photograph, probably a decompression bomb
+
+
+class BadSample(Exception):
+    """A sample cannot be read; the message names its file."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A split that is one tensor: images (N, C, H, W) uint8, labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Stored(Protocol):
+    """A split whose images are read one by one. Instances travel to loader workers, so they open files late."""
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Any: ...  # a PIL image; raises BadSample
+
+
+@dataclass(frozen=True)
+class DataSet:
+    description: Description
+    train: Memory | Stored
+    held_out: Memory | Stored
+    split: str  # which split is held out
+    photographs: bool = False  # images of many sizes, to be cropped
+
+
+def open_data(options: DataOptions, root: str, split: str) -> DataSet:
+    """The data set of a config; raises UserError. `split` is the one to evaluate: auto, val, test or train."""
+    kind: Callable[[DataOptions, str, str], DataSet] = {
+        "digits": _digits, "mnist": _idx, "fashion_mnist": _idx, "cifar10": _cifar, "cifar100": _cifar,
+        "lsun": _lsun, "imagenet": _imagenet, "folder": _folder, "shards": _shards, "fake": _fake,
+    }[options.name]  # fmt: skip
+    data = kind(options, root, split)
+    for name, part in (("train", data.train), (data.split, data.held_out)):
+        if not len(part):
+            raise UserError(f"data.name: {options.name}: the {name} split in {root!r} is empty: check data.root")
+    return data
+
+
+def _describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
+              train: Memory | Stored, held_out: Memory | Stored) -> Description:  # fmt: skip
+    return Description(name, len(mean), size, tuple(classes), tuple(mean), tuple(std), len(train), len(held_out))
+
+
+def _choose(wanted: str, available: Sequence[str], name: str) -> str:
+    """The split to evaluate on."""
+    if wanted == "auto":
+        wanted = next((split for split in ("val", "test") if split in available), "val")
+    if wanted not in available:
+        raise UserError(
+            f"evaluate.split: {name} has no {wanted!r} split; it has: {', '.join(available)}: "
+            f"add one or set evaluate.split"
+        )
+    return wanted
+
+
+def _in_memory(options: DataOptions, split: str, splits: Mapping[str, Memory], classes: Sequence[str],
+               mean: Sequence[float], std: Sequence[float]) -> DataSet:  # fmt: skip
+    held_out = _choose(split, list(splits), options.name)
+    train, other = splits["train"], splits[held_out]
+    size = train.images.shape[-1]
+    return DataSet(_describe(options.name, classes, size, mean, std, train, other), train, other, held_out)
+
+
+def _digits(options: DataOptions, root: str, split: str) -> DataSet:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; every third one is held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    test = torch.arange(len(labels)) % 3 == 2
+    splits = {"train": Memory(images[~test], labels[~test]), "test": Memory(images[test], labels[test])}
+    return _in_memory(options, split, splits, [str(i) for i in range(10)], [0.3055], [0.3763])
+
+
+def _idx(options: DataOptions, root: str, split: str) -> DataSet:
+    """MNIST and Fashion-MNIST in their own format, read here: importing torchvision would double the start-up time."""
+    folder, classes, mean, std = {
+        "mnist": ("MNIST", [str(i) for i in range(10)], 0.1307, 0.3081),
+        "fashion_mnist": (
+            "FashionMNIST",
+            ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+            0.2860, 0.3530,
+        ),
+    }[options.name]  # fmt: skip
+    raw = Path(root).expanduser() / folder / "raw"
+    stems = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+
+    def missing() -> list[str]:
+        return [s for s in stems if not (raw / s).exists() and not (raw / f"{s}.gz").exists()]
+
+    if missing():
+        _download(options, root, folder, lambda: not missing(), [f"{folder}/raw/{s}[.gz]" for s in missing()])
+    parts = {"train": ("train", 60000), "test": ("t10k", 10000)}
+    splits = {}
+    for name, (part, _) in parts.items():
+        images = _read_idx(raw / f"{part}-images-idx3-ubyte", 3)[:, None]
+        labels = _read_idx(raw / f"{part}-labels-idx1-ubyte", 1).long()
+        if len(images) != len(labels):
+            raise UserError(f"data.root: {raw}: {len(images)} {part} images but {len(labels)} labels: unpack it again")
+        splits[name] = Memory(images, labels)
+    return _in_memory(options, split, splits, classes, [mean], [std])
+
+
+def _read_idx(path: Path, axes: int) -> Tensor:
+    """The unsigned bytes of an IDX file, packed or not."""
+    packed = path.with_name(path.name + ".gz")
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        magic, *shape = struct.unpack(f">{axes + 1}I", data[: 4 * axes + 4])
+        if magic != 0x0800 + axes or len(data) != 4 * axes + 4 + int(np.prod(shape)):
+            raise ValueError("not an IDX file of this kind, or cut short")
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise UserError(f"data.root: {path}: {error}: delete it and fetch it again") from None
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 * axes + 4).reshape(shape).copy())
+
+
+def _download(options: DataOptions, root: str, kind: str, done: Callable[[], bool], files: Sequence[str]) -> None:
+    """Fetch through torchvision, once per node, under a lock; else say which files to put where."""
+    where = Path(root).expanduser()
+    needs = f"data.root: {options.name} is not in {str(where)!r}"
+    way_out = f"put {', '.join(files)} there, or set data.root or TRAINER_DATA to where they are"
+    if not options.download:
+        raise UserError(f"{needs} and data.download is off: {way_out}")
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with FileLock(where / f".{kind}.lock"):
+            if not done():
+                import torchvision
+
+                for train in (True, False):
+                    getattr(torchvision.datasets, kind)(str(where), train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{needs} and cannot be downloaded ({reason}): {way_out}") from None
+
+
+def _cifar(options: DataOptions, root: str, split: str) -> DataSet:
+    import torchvision
+
+    kind, folder = {
+        "cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python"),
+    }[options.name]  # fmt: skip
+    dataset = getattr(torchvision.datasets, kind)
+    where = Path(root).expanduser()
+
+    def read(train: bool) -> Any:
+        return dataset(str(where), train=train, download=False)  # checks the MD5 of every file before unpickling it
+
+    def done() -> bool:
+        try:
+            return bool(read(True) and read(False))
+        except RuntimeError:
+            return False
+
+    if not done():
+        _download(options, root, kind, done, [f"{folder}/"])
+    splits, classes = {}, []
+    for name, train in (("train", True), ("test", False)):
+        found = read(train)
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        splits[name], classes = Memory(images, torch.tensor(found.targets)), found.classes
+    mean, std = {
+        "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+        "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    }[options.name]
+    return _in_memory(options, split, splits, classes, mean, std)
+
+
+def _fake(options: DataOptions, root: str, split: str) -> DataSet:
+    """Noise around a pattern per class, so that there is something to learn and nothing to download."""
+    size, channels, classes = options.size or 32, options.channels, options.classes
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand((classes, channels, 4, 4), generator=generator)
+    patterns = torch.nn.functional.interpolate(patterns, size=(size, size)) * 160
+
+    def part(count: int) -> Memory:
+        labels = torch.randint(classes, (count,), generator=generator)
+        images = torch.randint(96, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+        return Memory(images + patterns[labels].to(torch.uint8), labels)
+
+    splits = {"train": part(options.samples), "test": part(max(1, options.samples // 4))}
+    names = [f"class {i}" for i in range(classes)]
+    return _in_memory(options, split, splits, names, [0.5] * channels, [0.25] * channels)
+
+
+def decode(data: bytes, name: str, channels: int) -> Any:
+    """A PIL image in grey or colour; raises BadSample."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        return image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # PIL raises whatever its many formats raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadSample(f"{name}: {reason.replace('<_io.BytesIO object', '<image')}") from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"data.root: {url!r}: {error}") from None
+    return fs, str(path).rstrip("/")
+
+
+class Files:
+    """Images in files of any fsspec URL."""
+
+    def __init__(self, url: str, paths: Sequence[str], labels: Sequence[int], channels: int) -> None:
+        self.url, self.paths, self.channels = url, list(paths), channels
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Any:
+        path = self.paths[index]
+        try:
+            if "://" not in self.url:
+                data = Path(path).read_bytes()
+            else:  # fsspec keeps one file system per process, so that workers open their own
+                data = _filesystem(self.url)[0].cat_file(path)
+        except OSError as error:
+            raise BadSample(f"{path}: {error}") from None
+        return decode(data, path, self.channels)
+
+
+def _folder(options: DataOptions, root: str, split: str) -> DataSet:
+    """train/CLASS/*.jpg and val/ or test/ likewise."""
+    fs, base = _filesystem(root)
+
+    def names(path: str) -> list[str]:
+        try:
+            return sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            return []
+
+    splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
+    if "train" not in splits:
+        raise UserError(
+            f"data.root: no folder 'train' in {root!r}: an image folder is train/CLASS/*.jpg and val/ or test/"
+        )
+    held_out = _choose(split, splits, f"the folder {root!r}")
+    classes: list[str] = []
+    found: dict[str, Files] = {}
+    for name in dict.fromkeys(("train", held_out)):
+        paths, labels = [], []
+        folders = {p.rpartition("/")[2]: p for p in names(f"{base}/{name}") if fs.isdir(p)}
+        if name == "train":
+            classes = list(folders)
+        if not folders:
+            raise UserError(f"data.root: {base}/{name} has no class folders: an image folder is {name}/CLASS/*.jpg")
+        if unknown := sorted(set(folders) - set(classes)):
+            raise UserError(f"data.root: {base}/{name}/{unknown[0]} is a class that train/ does not have")
+        for label, path in folders.items():
+            images = [p for p in names(path) if p.lower().endswith(SUFFIXES)]
+            if not images:
+                raise UserError(f"data.root: the class folder {path} has no images ({', '.join(SUFFIXES)})")
+            paths += images
+            labels += [classes.index(label)] * len(images)
+        found[name] = Files(root, paths, labels, options.channels)
+    return _photographs(options, classes, found["train"], found[held_out], held_out)
+
+
+def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, held_out: Stored, split: str) -> DataSet:
+    mean, std = IMAGENET if options.channels == 3 else ((0.449,), (0.226,))
+    description = _describe(options.name, classes, options.size or 224, mean, std, train, held_out)
+    return DataSet(description, train, held_out, split, photographs=True)
+
+
+def _imagenet(options: DataOptions, root: str, split: str) -> DataSet:
+    """An image folder; torchvision unpacks the original archives where only those are there."""
+    where = Path(root).expanduser() / "imagenet"
+    archives = ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]
+    if not (where / "train").is_dir() or not (where / "val").is_dir():
+        if not all((where / archive).exists() for archive in archives):
+            raise UserError(
+                f"data.root: imagenet is not in {str(where)!r}: put train/ and val/ with a folder per class there, or "
+                f"the archives {', '.join(archives)}, which need an account at image-net.org"
+            )
+        import torchvision
+
+        with FileLock(where / ".lock"):
+            for part in ("train", "val"):
+                torchvision.datasets.ImageNet(str(where), split=part)
+    return _folder(options, str(where), split)
+
+
+class Lmdb:
+    """LSUN's databases: images by key, one database per class."""
+
+    def __init__(self, folders: Sequence[Path], channels: int) -> None:
+        self.folders, self.channels = list(folders), channels
+        self._open: dict[int, Any] = {}
+        keys = [self._keys(label) for label in range(len(folders))]
+        self.entries = [(label, key) for label, found in enumerate(keys) for key in found]
+        self.labels = torch.tensor([label for label, _ in self.entries], dtype=torch.int64)
+        self._open = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def _transaction(self, label: int) -> Any:
+        if label not in self._open:
+            try:
+                import lmdb
+            except ImportError:
+                raise UserError("data.name: lsun needs another package: pip install 'trainer[lsun]'") from None
+            environment = lmdb.open(str(self.folders[label]), readonly=True, lock=False, readahead=False, meminit=False)
+            self._open[label] = environment.begin()
+        return self._open[label]
+
+    def _keys(self, label: int) -> list[bytes]:
+        return list(self._transaction(label).cursor().iternext(keys=True, values=False))
+
+    def image(self, index: int) -> Any:
+        label, key = self.entries[index]
+        name = f"{self.folders[label]}:{key.decode(errors='replace')}"
+        return decode(self._transaction(label).get(key), name, self.channels)
+
+
+def _lsun(options: DataOptions, root: str, split: str) -> DataSet:
+    """Every CATEGORY_train_lmdb in <root>/lsun is a class; CATEGORY_val_lmdb is held out."""
+    where = Path(root).expanduser() / "lsun"
+    classes = sorted(p.name.removesuffix("_train_lmdb") for p in where.glob("*_train_lmdb")) if where.is_dir() else []
+    if not classes:
+        raise UserError(
+            f"data.root: no lsun in {str(where)!r}: unpack CATEGORY_train_lmdb.zip and CATEGORY_val_lmdb.zip there"
+        )
+    held_out = _choose(split, ["train", "val"], "lsun")
+    parts = {}
+    for name in dict.fromkeys(("train", held_out)):
+        folders = [where / f"{c}_{name}_lmdb" for c in classes]
+        if absent := [str(f) for f in folders if not f.is_dir()]:
+            raise UserError(f"data.root: lsun: {absent[0]} is missing: unpack it there")
+        parts[name] = Lmdb(folders, options.channels)
+    return _photographs(options, classes, parts["train"], parts[held_out], held_out)
+
+
+class Shards:
+    """Tar files in the WebDataset layout (KEY.jpg and KEY.cls next to each other), read by byte range.
+
+    An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly.
+    """
+
+    def __init__(self, url: str, index: Sequence[tuple[str, int, int, int]], channels: int) -> None:
+        self.url, self.index, self.channels = url, list(index), channels
+        self.labels = torch.tensor([label for _, _, _, label in index], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, index: int) -> Any:
+        path, start, length, _ = self.index[index]
+        name = f"{path} at byte {start}"
+        try:
+            data = _filesystem(self.url)[0].cat_file(path, start=start, end=start + length)
+        except OSError as error:
+            raise BadSample(f"{name}: {error}") from None
+        return decode(data, name, self.channels)
+
+
+def _index_shard(fs: Any, path: str) -> list[tuple[str, int, int, int]]:
+    """(path, offset, length, label) of the images of a shard, from `PATH.index.json` or by reading the tar headers."""
+    try:
+        return [(path, *entry) for entry in json.loads(fs.cat_file(f"{path}.index.json"))]
+    except (OSError, ValueError, TypeError):
+        pass
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                if f".{suffix.lower()}" in SUFFIXES:
+                    images[key] = (member.offset_data, member.size)
+                elif suffix == "cls":
+                    content = tar.extractfile(member)
+                    labels[key] = int(content.read()) if content else -1
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"data.root: {path}: not a shard of KEY.jpg and KEY.cls: {error}") from None
+    if unlabelled := sorted(set(images) - set(labels)):
+        raise UserError(f"data.root: {path}: {unlabelled[0]} has an image and no .cls")
+    return [(path, *images[key], labels[key]) for key in images]
+
+
+def _shards(options: DataOptions, root: str, split: str) -> DataSet:
+    """<root>/train/*.tar and val/ or test/ likewise; class names from <root>/classes.txt where there is one."""
+    fs, base = _filesystem(root)
+    tars: dict[str, list[str]] = {}
+    for name in ("train", "val", "test"):
+        tars[name] = sorted(str(p) for p in fs.glob(f"{base}/{name}/*.tar"))
+    if not tars["train"]:
+        raise UserError(f"data.root: no train/*.tar in {root!r}: shards are train/*.tar and val/*.tar or test/*.tar")
+    held_out = _choose(split, [n for n, paths in tars.items() if paths], f"the shards in {root!r}")
+    parts = {
+        name: Shards(root, [entry for path in tars[name] for entry in _index_shard(fs, path)], options.channels)
+        for name in dict.fromkeys(("train", held_out))
+    }
+    count = max((int(part.labels.max()) + 1 for part in parts.values() if len(part)), default=0)
+    classes = [str(i) for i in range(count)]
+    if fs.exists(f"{base}/classes.txt"):
+        classes = fs.cat_file(f"{base}/classes.txt").decode().split("\n")
+        classes = [c.strip() for c in classes if c.strip()]
+        if len(classes) < count:
+            raise UserError(f"data.root: classes.txt names {len(classes)} classes but labels go up to {count - 1}")
+    return _photographs(options, classes, parts["train"], parts[held_out], held_out)

@@ -1,0 +1,392 @@
+"""train, update, evaluate: the only loop. It has no branch on the kind of workload, and no host sync between logs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .runtime import PhaseModule, Runtime
+from .schedule import Schedule
+from .state import Groups, TrainState
+from .randomness import Draws
+from .workload import Batch, Phase, Scalars, Totals, Workload
+
+Metrics = dict[str, float]
+MicroBatches = Sequence[tuple[slice, Batch]]  # this rank's rows within each micro-batch of a global batch, and the data
+
+
+class Loader(Protocol):
+    """Delivers a plan's batches to this rank."""
+
+    batch_size: int  # global
+    epoch_samples: int
+    evaluation_samples: int
+
+    def train(self, first: int) -> Iterator[MicroBatches]: ...
+    def evaluate(self) -> Iterator[tuple[slice, Batch]]: ...
+    def faults(self) -> int: ...
+
+
+class Tracker(Protocol):
+    """Takes numbers; silent on all ranks but the first. `cut` starts the part of the log that follows a checkpoint."""
+
+    def progress(self, step: int) -> None: ...
+    def log(self, step: int, kind: str, values: Metrics) -> None: ...
+    def note(self, text: str) -> None: ...
+    def cut(self, step: int) -> None: ...
+
+
+class Saver(Protocol):
+    """Takes checkpoints on the first rank."""
+
+    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Something that is due every so many steps, which need not be whole: an epoch seldom is."""
+
+    period: Fraction | None
+
+    def due(self, step: int) -> bool:
+        return self.period is not None and step > 0 and step // self.period > (step - 1) // self.period
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When things happen, in steps or in seconds of training."""
+
+    total_steps: int | None
+    total_seconds: float | None
+    log: Cadence
+    evaluate: Cadence
+    save: Cadence
+    save_seconds: float | None
+    keep: Cadence  # checkpoints to keep for ever
+    faults: int = 0  # bad samples that a run may meet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended. `status` is done, preempted, non_finite or bad_data."""
+
+    status: str
+    step: int
+    reason: str
+    metrics: Metrics = field(default_factory=dict)  # of the last evaluation
+    samples_per_second: float = 0.0
+    totals: Totals = field(default_factory=dict, repr=False)  # what `metrics` were made from
+
+
+class Meter:
+    """Sums of scalars since the last log, on the device; a rank's own, so part of what a checkpoint keeps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, scalars: Scalars, weight: float, first: bool) -> None:
+        """Add means over some rows, which are `weight` of a global batch; `first` opens a batch."""
+        for name, value in scalars.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value)
+                self.counts[name] = 0
+        torch._foreach_add_([self.sums[name] for name in scalars], list(scalars.values()), alpha=weight)
+        if first:
+            for name in scalars:
+                self.counts[name] += 1
+
+    def means(self, runtime: Runtime) -> Metrics:
+        """Means over the steps and the global batches, on every rank; starts anew."""
+        totals = runtime.total(self.sums)
+        means = {name: float(total) / self.counts[name] for name, total in totals.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def dump(self) -> dict[str, tuple[float, int]]:
+        return {name: (float(value), self.counts[name]) for name, value in self.sums.items()}
+
+    def load(self, dumped: dict[str, tuple[float, int]], device: torch.device, dtype: torch.dtype) -> None:
+        self.sums = {name: torch.tensor(value, device=device, dtype=dtype) for name, (value, _) in dumped.items()}
+        self.counts = {name: count for name, (_, count) in dumped.items()}
+
+
+@dataclass
+class Engine:
+    runtime: Runtime
+    state: TrainState
+    loader: Loader
+    tracker: Tracker
+    saver: Saver
+    limits: Limits
+    schedule: Schedule
+    seed: int
+    clip_norm: float | None = None
+    evaluated: int = -1  # the step of the last evaluation
+    metrics: Metrics = field(default_factory=dict)  # of the last evaluation
+
+    def __post_init__(self) -> None:
+        self.workload: Workload = self.state.workload
+        self.phases = [(phase, self.runtime.ddp(phase), phase.parameters) for phase in self.workload.phases]
+        self.reads = max(phase.times for phase in self.workload.phases)
+        self.samples_per_step = self.reads * self.loader.batch_size
+        self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
+        self.meter = Meter()
+        self.saved = -1
+        self.totals: Totals = {}
+
+    def train(self) -> Outcome:
+        """From the state's step to the end of the run, or until any rank must stop. Saves at both."""
+        state, limits, runtime = self.state, self.limits, self.runtime
+        batches = self.loader.train(state.step * self.reads)
+        self.saved = state.step
+        clock = _Clock(state.seconds, state.step)
+        self.workload.train()
+        while True:
+            if limits.evaluate.due(state.step) and self.evaluated != state.step and not self.evaluate(clock):
+                return self.leave("preempted", clock)
+            stop, save, finish = runtime.agree(*self.flags(clock))
+            if stop or finish or state.step == limits.total_steps:
+                break
+            clock.start()
+            read = list(itertools.islice(batches, self.reads))
+            clock.stop_waiting()
+            self.update(read, with_norm=limits.log.due(state.step + 1))
+            state.step += 1
+            if limits.log.due(state.step) and not self.log(clock):
+                return self.outcome("non_finite", clock)
+            if (save or limits.save.due(state.step)) and not self.save(clock):
+                return self.outcome("non_finite", clock)
+            self.tracker.progress(state.step)
+        if stop == BAD_DATA:
+            return self.outcome("bad_data", clock)
+        if stop or (self.evaluated != state.step and not self.evaluate(clock)):
+            return self.leave("preempted", clock)
+        return self.leave("done", clock)
+
+    def update(self, batches: Sequence[MicroBatches], with_norm: bool = False) -> None:
+        """One step: every phase in its turn, with only its own parameters trainable."""
+        step, factor = self.state.step, self.schedule(self.state.step)
+        steering: Scalars = {}
+        for (phase, loss, parameters), rates in zip(self.phases, self.peak_rates, strict=True):
+            if step % phase.every:
+                continue
+            if len(self.phases) > 1:
+                for _, _, others in self.phases:
+                    _require_grad(others, False)
+                _require_grad(parameters, True)
+            for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            for turn, micro_batches in enumerate(batches[: phase.times]):
+                scope = (step, phase.name, turn)
+                for name, value in self.accumulate(loss, micro_batches, scope).items():
+                    steering[name] = steering.get(name, 0) + value / phase.times
+                if self.clip_norm is not None or with_norm:
+                    self.clip(phase, parameters)
+                phase.optimizer.step()
+                phase.optimizer.zero_grad()
+        self.workload.after_step(step, self.runtime.sum_scalars(steering))
+
+    def accumulate(self, loss: PhaseModule, micro_batches: MicroBatches, scope: tuple[object, ...]) -> Scalars:
+        """Gradients of the mean over the global batch: each share's mean, weighted by the share.
+
+        Returns this rank's part of the steering scalars.
+        """
+        runtime, last = self.runtime, len(micro_batches) - 1
+        steering: Scalars = {}
+        for index, (rows, batch) in enumerate(micro_batches):
+            draws = Draws(self.seed, (*scope, index), rows, runtime.device, runtime.dtype)
+            share = (rows.stop - rows.start) / self.loader.batch_size
+            with _NOTHING if index == last else runtime.no_sync(loss):
+                with runtime.autocast():
+                    value, scalars = loss(batch, draws)
+                # DDP divides the sum over the ranks by their number; the weights make that the global mean.
+                (value if share == 1 else value * (share * runtime.world)).backward()
+            self.meter.add(scalars, share, first=index == 0)
+            for name in self.workload.steering:
+                if name in scalars:
+                    steering[name] = steering.get(name, 0) + scalars[name] * share
+        return steering
+
+    def clip(self, phase: Phase, parameters: list[torch.nn.Parameter]) -> None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        name = "grad_norm" if len(self.phases) == 1 else f"{phase.name}_grad_norm"
+        self.meter.add({name: norm.detach()}, 1 / self.runtime.world, first=True)
+
+    def flags(self, clock: _Clock) -> tuple[int, int, int]:
+        """What this rank wants: to stop, to save now, to finish. All stay up until they are seen."""
+        limits = self.limits
+        stop = BAD_DATA if self.loader.faults() > limits.faults else int(bool(self.runtime.signalled))
+        save = limits.save_seconds is not None and clock.since_save() > limits.save_seconds
+        finish = limits.total_seconds is not None and clock.run_seconds() > limits.total_seconds
+        return stop, int(save), int(finish)
+
+    def log(self, clock: _Clock) -> bool:
+        """Record the means since the last log; False where they are not finite."""
+        step = self.state.step
+        means = self.meter.means(self.runtime)
+        timings = clock.interval(step, self.samples_per_step)
+        epoch_samples = self.loader.epoch_samples
+        values = {
+            "epoch": step * self.samples_per_step / epoch_samples, **means,
+            "lr": self.workload.phases[0].optimizer.param_groups[0]["lr"],
+            "steps_per_epoch": epoch_samples / self.samples_per_step, **timings,
+        }  # fmt: skip
+        if memory := self.runtime.memory():
+            values["gpu_memory_bytes"] = memory
+        self.tracker.log(step, "train", values)
+        return all(map(math.isfinite, means.values()))
+
+    @torch.no_grad()
+    def evaluate(self, clock: _Clock | None = None) -> bool:
+        """Evaluate every sample once and record the metrics; False where a rank must stop first."""
+        runtime, step = self.runtime, self.state.step
+        buffers = runtime.local_buffers(self.workload)
+        totals: Totals = {}
+        clock = clock or _Clock(0.0, step)
+        clock.start()
+        self.workload.eval()
+        with runtime.averaged(buffers):
+            for index, (rows, batch) in enumerate(self.loader.evaluate()):
+                if runtime.stopping():
+                    self.workload.train()
+                    return False
+                if rows.start == rows.stop:  # the last batch may have fewer rows than there are ranks
+                    continue
+                draws = Draws(self.seed, ("evaluate", index), rows, runtime.device, runtime.dtype)
+                with runtime.autocast():
+                    found = self.workload.evaluate(batch, draws)
+                found["seen"] = torch.bincount(batch["id"], minlength=self.loader.evaluation_samples)
+                for name, value in found.items():
+                    totals[name] = totals[name] + value if name in totals else value
+        self.workload.train()
+        self.totals = runtime.total(totals)
+        seen = self.totals.pop("seen")
+        assert (seen == 1).all(), f"{int((seen != 1).sum())} samples were not evaluated exactly once"
+        self.metrics = self.workload.report(self.totals)
+        self.evaluated = step
+        clock.stop_elsewhere()
+        epoch = step * self.samples_per_step / self.loader.epoch_samples
+        self.tracker.log(step, "evaluate", {"epoch": epoch, **self.metrics})
+        return True
+
+    def save(self, clock: _Clock) -> bool:
+        """Snapshot at this boundary; writing goes on in the background. False where the state is not finite."""
+        step, runtime = self.state.step, self.runtime
+        if self.saved == step:
+            return True
+        clock.start()
+        self.state.seconds = clock.run_seconds()
+        meters = runtime.gather(self.meter.dump())
+        if not all(math.isfinite(value) for meter in meters for value, _ in meter.values()):
+            return False
+        groups = {}
+        buffers = runtime.local_buffers(self.workload)
+        lanes = runtime.gather({name: buffer.cpu() for name, buffer in buffers.items()}) if buffers else []
+        if runtime.main:
+            self.tracker.cut(step)
+            groups = self.state.snapshot()
+            if lanes:
+                groups["lanes"] = {name: torch.stack([lane[name] for lane in lanes]) for name in buffers}
+                groups["weights"].update({name: value.mean(0) for name, value in groups["lanes"].items()})
+        state = {"step": step, "seconds": self.state.seconds, "meters": meters, "world_size": runtime.world}
+        self.saver.save(step, groups, state)
+        self.saved = step
+        clock.stop_elsewhere(saved=True)
+        return True
+
+    def restore(self, groups: Groups, state: dict[str, Any]) -> None:
+        """Take over a checkpoint, also one of another world size."""
+        self.state.restore(groups, state)
+        runtime, meters = self.runtime, state["meters"]
+        if len(meters) != runtime.world:  # the sums are what counts: rank 0 takes them all
+            merged: dict[str, tuple[float, int]] = {}
+            for meter in meters:
+                for name, (value, count) in meter.items():
+                    merged[name] = (merged.get(name, (0.0, 0))[0] + value, count)
+            meters = [merged] + [{name: (0.0, count) for name, (_, count) in merged.items()}] * (runtime.world - 1)
+        self.meter.load(meters[runtime.rank], runtime.device, runtime.dtype)
+        lanes = groups.get("lanes", {})
+        for name, buffer in runtime.local_buffers(self.workload).items():
+            if name in lanes and len(lanes[name]) == runtime.world:
+                buffer.copy_(lanes[name][runtime.rank])
+
+    def leave(self, status: str, clock: _Clock) -> Outcome:
+        """Save at this boundary and go."""
+        self.runtime.settle()
+        clock.interval(self.state.step, self.samples_per_step)
+        return self.outcome(status if self.save(clock) else "non_finite", clock)
+
+    def outcome(self, status: str, clock: _Clock) -> Outcome:
+        signals = filter(None, self.runtime.gather(self.runtime.signalled))
+        reason = {
+            "done": "the duration is reached",
+            "preempted": f"stopped by {next(signals, 'a signal')}; the same command goes on from here",
+            "non_finite": "the loss is not a finite number: lower optimizer.lr or set optimizer.clip_norm",
+            "bad_data": "too many samples could not be read",
+        }[status]
+        return Outcome(status, self.state.step, reason, self.metrics, clock.speed(self.samples_per_step), self.totals)
+
+
+BAD_DATA = 2  # as a stop flag: outranks a signal
+_NOTHING = contextlib.nullcontext()
+
+
+def _require_grad(parameters: list[torch.nn.Parameter], wanted: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
+
+
+class _Clock:
+    """Where the time of this life of the run goes; evaluation and saving do not count as training speed."""
+
+    def __init__(self, seconds_before: float, step: int) -> None:
+        now = time.perf_counter()
+        self._origin = now - seconds_before
+        self._saved = self._mark = self._interval = now
+        self._interval_step = step
+        self._waited = self._elsewhere = 0.0
+        self._steps, self._seconds = 0, 0.0  # of training alone
+
+    def run_seconds(self) -> float:
+        """Since the beginning of the run, over all its lives."""
+        return time.perf_counter() - self._origin
+
+    def since_save(self) -> float:
+        return time.perf_counter() - self._saved
+
+    def start(self) -> None:
+        self._mark = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        self._waited += time.perf_counter() - self._mark
+
+    def stop_elsewhere(self, saved: bool = False) -> None:
+        now = time.perf_counter()
+        self._elsewhere += now - self._mark
+        if saved:
+            self._saved = now
+
+    def interval(self, step: int, samples_per_step: int) -> Metrics:
+        """Speed and the share of the time that went into waiting for data, since the last call."""
+        now = time.perf_counter()
+        steps, seconds = step - self._interval_step, max(now - self._interval - self._elsewhere, 1e-9)
+        values = {"samples_per_second": steps * samples_per_step / seconds, "data_wait": self._waited / seconds}
+        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+        self._interval, self._interval_step, self._waited, self._elsewhere = now, step, 0.0, 0.0
+        return values
+
+    def speed(self, samples_per_step: int) -> float:
+        """Samples per second over all that was trained in this life."""
+        return self._steps * samples_per_step / self._seconds if self._steps else 0.0

@@ -1,0 +1,60 @@
+"""Dropout and stochastic depth whose masks come from Draws, so that neither ranks nor restarts change them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..randomness import Draws
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) of elements, or with `whole` of channels, rows ('row') or all ('batch')."""
+
+    def __init__(self, probability: float, name: str, whole: str = "") -> None:
+        super().__init__()
+        self.probability, self.name, self.whole = probability, name, whole
+        self.draws: Draws | None = None
+
+    def extra_repr(self) -> str:
+        return f"p={self.probability}, {self.whole or 'elements'}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return x
+        assert self.draws is not None, "call the network inside `with drawing(network, draws)`"
+        keep = 1 - self.probability
+        if self.whole == "batch":
+            return x / keep if self.draws.shared(self.name).random() < keep else x * 0
+        ones = [1] * (x.dim() - 1)
+        shape = {"": list(x.shape[1:]), "channels": [x.shape[1], *ones[1:]], "row": ones}[self.whole]
+        return x * ((self.draws.uniform(self.name, shape) < keep).to(x.dtype) / keep)
+
+
+def use_draws(network: nn.Module) -> nn.Module:
+    """Replace every dropout and stochastic depth below `network` by ours, in place."""
+    for path, parent in list(network.named_modules()):
+        for name, child in list(parent.named_children()):
+            where = f"{path}.{name}"
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(child.p, where))
+            elif type(child) in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+                setattr(parent, name, Dropout(child.p, where, "channels"))  # type: ignore[arg-type]
+            elif type(child).__name__ == "StochasticDepth":  # torchvision's, not imported for its name alone
+                setattr(parent, name, Dropout(child.p, where, child.mode))  # type: ignore[arg-type]
+    return network
+
+
+@contextlib.contextmanager
+def drawing(network: nn.Module, draws: Draws) -> Iterator[None]:
+    """Give the dropouts of a network their draws for one forward pass."""
+    found = [module for module in network.modules() if isinstance(module, Dropout)]
+    for module in found:
+        module.draws = draws
+    try:
+        yield
+    finally:
+        for module in found:
+            module.draws = None

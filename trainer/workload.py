@@ -1,0 +1,109 @@
+"""What a workload must say about itself: its phases, how it is evaluated, what it shows.
+
+A workload never sees ranks, devices, precision, W&B or files. The engine runs its phases in order; each phase returns
+the mean loss over the rows that it is given, and the engine weighs that by the rows' share of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .randomness import Draws
+
+Batch = Mapping[str, Tensor]  # "image" (B, C, H, W) float, normalised; "label" (B,) int64; "id" (B,) int64
+Scalars = dict[str, Tensor]  # 0-d, detached; stays on the device until it is logged
+Totals = dict[str, Tensor]  # sums and counts: may be added over batches and over ranks
+
+
+@dataclass(frozen=True)
+class Description:
+    """A data set as networks need to know it."""
+
+    name: str
+    channels: int
+    size: int  # height and width in pixels
+    classes: tuple[str, ...]  # names in the order of the labels
+    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    std: tuple[float, ...]
+    training: int  # samples to train on
+    evaluated: int  # samples of the split that is evaluated; their ids are 0..evaluated-1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer's turn within a step."""
+
+    name: str
+    loss: Callable[[Batch, Draws], tuple[Tensor, Scalars]]
+    optimizer: Optimizer  # the phase trains exactly the parameters that this holds; all else is frozen meanwhile
+    every: int = 1  # run only on steps divisible by this
+    times: int = 1  # updates a step, each on a batch of its own (critic steps)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Pictures with a caption each. `images` are (N, C, H, W) in [0, 1]."""
+
+    images: Tensor
+    captions: tuple[str, ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table of counts, (rows, columns)."""
+
+    values: Tensor
+    labels: tuple[str, ...]
+    title: str
+    row_axis: str
+    column_axis: str
+
+
+Picture = ImageGrid | Matrix
+
+
+class Workload(nn.Module):
+    """Its parameters and buffers are what is saved; nothing else may change while training."""
+
+    phases: tuple[Phase, ...]
+    steering: tuple[str, ...] = ()  # scalars that after_step needs as means over the global batch, every step
+    group: int = 1  # consecutive rows that must stay on one rank: mixup pairs, packing, minibatch deviation
+    channels_last: bool = False  # whether this memory format makes the networks faster
+    headline: str = "loss"  # the reported metric that the progress bar shows and that picks the best checkpoint
+    maximise: bool = False  # whether a larger headline is better
+
+    def after_step(self, step: int, means: Scalars) -> None:
+        """Move what no gradient moves (weight averages, controllers), equally on every rank."""
+
+    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
+        """Counts and sums over the rows of a batch; divided once, after the reduction over batches and ranks."""
+        raise NotImplementedError
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        """Metrics of the whole set from its totals, which are float64 and on the CPU."""
+        raise NotImplementedError
+
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor]) -> dict[str, Picture]:
+        """What to show after the last evaluation; `images(ids)` gives samples of the evaluated split in [0, 1]."""
+        return {}
+
+    def inference(self) -> nn.Module:
+        """The network that a user deploys, with averaged weights where there are some."""
+        raise NotImplementedError
+
+    def samples(self, count: int) -> Tensor | str | None:
+        """Images (N, C, H, W) in [-1, 1] or text from fixed latents; None where a workload generates nothing."""
+        return None

@@ -1,0 +1,258 @@
+"""Image classification: one network, one phase, cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ..config import OptimizerOptions, WorkloadOptions
+from ..nn import optim
+from ..nn.average import WeightAverage
+from ..nn.drop import drawing, use_draws
+from ..randomness import Draws
+from ..workload import Batch, Description, ImageGrid, Matrix, Phase, Picture, Scalars, Totals, Workload
+
+OWN = ("softmax", "fnn", "cnn", "lenet5")
+ADAPTED = (
+    "alexnet", "vgg11_bn", "vgg16_bn", "vgg19_bn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+)  # fmt: skip
+SMALL = 64  # up to this size in pixels a network built for 224 gets a stem that keeps the resolution
+SHOWN = 24  # worst mistakes in the picture
+LARGEST_MATRIX = 100  # classes
+
+
+class Options(WorkloadOptions):
+    name: Literal["classifier"] = "classifier"
+    network: str = "cnn"
+    """softmax, fnn, cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101,
+    resnet152, or torchvision:NAME for any classification model of torchvision."""
+    hidden: int = Field(500, ge=1)
+    """Width of the fnn's hidden layer."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup (Zhang et al. 2018); 0 is off."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix (Yun et al. 2019); 0 is off. With both on, each batch uses one of them."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the weights, which is then what is evaluated; 0 is off."""
+
+    @field_validator("network")
+    @classmethod
+    def _known(cls, network: str) -> str:
+        if network not in OWN + ADAPTED and not network.startswith("torchvision:"):
+            raise ValueError(f"known networks: {', '.join(OWN + ADAPTED)}, torchvision:NAME")
+        if network.startswith("torchvision:"):
+            import torchvision
+
+            names = torchvision.models.list_models(module=torchvision.models)
+            if network.partition(":")[2] not in names:
+                raise ValueError(f"torchvision's classification models are: {', '.join(names)}")
+        return network
+
+
+def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Classifier:
+    return Classifier(options, data, optimizer)
+
+
+class Classifier(Workload):
+    headline, maximise = "accuracy", True
+
+    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+        super().__init__()
+        self.options, self.data = options, data
+        self.network = use_draws(network(options, data))
+        self.average = WeightAverage(self.network, options.ema) if options.ema else None
+        self.phases = (Phase("classify", self.loss, optim.build(optimizer, self.network)),)
+        self.mixing = [name for name in ("mixup", "cutmix") if getattr(options, name)]
+        self.group = 2 if self.mixing else 1
+        # On small images a ResNet loses by it (measured on a CPU); plain stacks of convolutions gain.
+        self.channels_last = options.network in ("cnn", "lenet5") or options.network.startswith("vgg") or data.size > 64
+
+    def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        images, labels = batch["image"], batch["label"]
+        with drawing(self.network, draws):
+            if self.mixing:
+                images, other, share = self.mix(images, draws)
+                logits = self.network(images)
+                loss = share * self.cross_entropy(logits, labels)
+                loss = loss + (1 - share) * self.cross_entropy(logits, other(labels))
+            else:
+                logits = self.network(images)
+                loss = self.cross_entropy(logits, labels)
+        with torch.no_grad():
+            accuracy = (logits.argmax(1) == labels).to(loss.dtype).mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
+    def mix(self, images: Tensor, draws: Draws) -> tuple[Tensor, Callable[[Tensor], Tensor], float]:
+        """Mix each image with its neighbour in the pair, which is always on the same rank.
+
+        Returns the images, the map from a batch to its partners, and the share that an image keeps of itself.
+        """
+        chance = draws.shared("mix")
+        kind = chance.choice(self.mixing)
+        alpha = getattr(self.options, kind)
+        share = chance.betavariate(alpha, alpha)
+        pairs = len(images) // 2 * 2
+        order = torch.arange(len(images), device=images.device)
+        order[:pairs] = order[:pairs].view(-1, 2).flip(1).flatten()
+        if kind == "mixup":
+            return images * share + images[order] * (1 - share), lambda x: x[order], share
+        height, width = images.shape[2:]
+        side = (1 - share) ** 0.5
+        rows, columns = (_cut(chance.random(), size, side * size) for size in (height, width))
+        mixed = images.clone()
+        mixed[:, :, rows, columns] = images[order][:, :, rows, columns]
+        cut = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return mixed, lambda x: x[order], 1 - cut / (height * width)
+
+    def after_step(self, step: int, means: Scalars) -> None:
+        if self.average is not None:
+            self.average.update(self.network, step)
+
+    def inference(self) -> nn.Module:
+        return self.network if self.average is None else self.average.module
+
+    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
+        """A table over all samples, in which a batch fills its own rows."""
+        logits = self.inference()(batch["image"])
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        labels = batch["label"]
+        confidence, prediction = wide.softmax(1).max(1)
+        rows = {
+            "nll": F.cross_entropy(wide, labels, reduction="none"),
+            "prediction": prediction,
+            "confidence": confidence,
+            "label": labels,
+        }
+        if len(self.data.classes) > 5:
+            rows["top5"] = (wide.topk(5, dim=1).indices == labels[:, None]).any(1)
+        empty = torch.zeros(self.data.evaluated, dtype=torch.float64, device=wide.device)
+        return {name: empty.index_add(0, batch["id"], values.double()) for name, values in rows.items()}
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        metrics = {
+            "accuracy": float((totals["prediction"] == totals["label"]).double().mean()),
+            "loss": float(totals["nll"].mean()),
+        }
+        if "top5" in totals:
+            metrics["top5_accuracy"] = float(totals["top5"].mean())
+        return metrics
+
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor]) -> dict[str, Picture]:
+        names, found = self.data.classes, {}
+        label, prediction = totals["label"].long(), totals["prediction"].long()
+        if len(names) <= LARGEST_MATRIX:
+            counts = torch.bincount(label * len(names) + prediction, minlength=len(names) ** 2)
+            found["confusion"] = Matrix(
+                counts.view(len(names), -1), names, f"{self.data.name}: {len(label)} samples", "true", "predicted"
+            )
+        wrong = torch.nonzero(label != prediction).flatten()
+        worst = wrong[totals["nll"][wrong].argsort(descending=True)[:SHOWN]].tolist()
+        if worst:
+            captions = tuple(
+                f"{names[prediction[i]]} {totals['confidence'][i]:.0%}\nis {names[label[i]]}" for i in worst
+            )
+            found["mistakes"] = ImageGrid(images(worst), captions, f"{self.data.name}: the worst mistakes")
+        return found
+
+
+def _cut(centre: float, size: int, length: float) -> slice:
+    """The part of a box of `length` around a random centre that lies within `size` pixels."""
+    middle, half = int(centre * size), round(length / 2)
+    return slice(max(middle - half, 0), min(middle + half, size))
+
+
+def network(options: Options, data: Description) -> nn.Module:
+    """Images (B, C, H, W), normalised, to logits (B, classes)."""
+    name, classes = options.network, len(data.classes)
+    if name == "softmax":
+        return nn.Sequential(nn.Flatten(), nn.Linear(data.channels * data.size**2, classes))
+    if name == "fnn":
+        width = options.hidden
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(data.channels * data.size**2, width), nn.ReLU(), nn.Linear(width, classes)
+        )
+    if name == "cnn":
+        return _cnn(data.channels, data.size, classes)
+    if name == "lenet5":
+        return _lenet5(data.channels, data.size, classes)
+    return _torchvision(name.removeprefix("torchvision:"), name in ADAPTED, data, classes)
+
+
+def _cnn(channels: int, size: int, classes: int) -> nn.Module:
+    """Two layers of 5x5 convolution, BatchNorm, ReLU and 2x2 max-pooling, then a linear one.
+
+    The convolutions have no bias: BatchNorm takes it out again, so that its gradient would be rounding noise, which
+    Adam would scale up to steps that differ from world size to world size.
+    """
+
+    def layer(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 5, padding=2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+        )
+
+    return nn.Sequential(layer(channels, 16), layer(16, 32), nn.Flatten(), nn.Linear(32 * (size // 4) ** 2, classes))
+
+
+def _lenet5(channels: int, size: int, classes: int) -> nn.Module:
+    """LeNet-5 (LeCun et al. 1998), with 28 pixels padded to the 32 of the paper."""
+    if size < 12:
+        raise ValueError(f"workload.network: lenet5 needs images of 12 pixels or more, not {size}: use cnn")
+    padding = 2 if size < 32 else 0
+    side = ((size + 2 * padding - 4) // 2 - 4) // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=padding), nn.Tanh(), nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(16 * side**2, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, classes),
+    )  # fmt: skip
+
+
+def _torchvision(name: str, adapt: bool, data: Description, classes: int) -> nn.Module:
+    """torchvision's model, untrained; the adapted ones get a stem for small images where the images are small."""
+    from torchvision.models import get_model
+
+    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = get_model(name, weights=None, num_classes=classes, **extra)
+    small = adapt and data.size <= SMALL
+    if small and name.startswith("resnet"):  # as for CIFAR-10 in He et al. 2016
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    elif small and name.startswith("vgg"):
+        pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]  # type: ignore[arg-type]
+        for index in pools[: max(0, 5 - (data.size.bit_length() - 1))]:  # 16 pixels stand only four halvings
+            model.features[index] = nn.Identity()  # type: ignore[index,operator]
+        for convolution in model.features.modules():  # type: ignore[operator,union-attr]
+            if isinstance(convolution, nn.Conv2d):
+                convolution.bias = None  # as in _cnn
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        model.classifier = nn.Linear(512, classes)
+        nn.init.normal_(model.classifier.weight, 0, 0.01)
+        nn.init.zeros_(model.classifier.bias)
+    elif small and name == "alexnet":
+        model.features[0] = nn.Conv2d(3, 64, 5, padding=2)  # type: ignore[index,operator]
+        if data.size < 24:
+            model.features[2] = nn.Identity()  # type: ignore[index,operator]
+    if data.channels != 3:
+        _replace_first_convolution(model, data.channels)
+    return model
+
+
+def _replace_first_convolution(model: nn.Module, channels: int) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            parent, _, name = path.rpartition(".")
+            fresh = nn.Conv2d(
+                channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
+                bias=module.bias is not None,
+            )  # type: ignore[arg-type]  # fmt: skip
+            setattr(model.get_submodule(parent), name, fresh)
+            return
