@@ -43,7 +43,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
              "s3.port", "s3.port.grpc"]  # fmt: skip
     command = [
         weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer",
-        "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}", "-volume.max=20",
+        "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={folder / 's3.json'}", "-volume.max=200",
         "-master.volumeSizeLimitMB=64", *(f"-{n}={p}" for n, p in zip(names, ports, strict=True)),
     ]  # fmt: skip
     log = (folder / "log").open("wb")
@@ -70,6 +70,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
             raise AssertionError("the S3 server did not come up:\n" + (folder / "log").read_text()[-2000:])
         yield environment
     finally:
-        server.terminate()
-        server.wait(20)
+        server.kill()  # on SIGTERM it takes its time
+        server.wait()
         log.close()

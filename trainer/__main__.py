@@ -6,8 +6,10 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a shared machine 10x slower
 
+import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 COMMANDS = {
     "train": "train a run, or go on with it (the default command)",
@@ -21,8 +23,9 @@ COMMANDS = {
 USAGE = """usage: python -m trainer [train] [CONFIG.yaml] [--setting value ...]
        python -m trainer COMMAND ...
 
-Train a classifier or a GAN on one CPU, on the GPUs of a machine under torchrun, or under srun: the same command. Without
-a config it trains a CNN on scikit-learn's digits. The same command again resumes a run that was stopped.
+Train a classifier on one CPU, on the GPUs of a machine under torchrun, or on a
+cluster under srun: the same command. Without a config it trains a CNN on
+scikit-learn's digits. The same command again resumes a run that was stopped.
 
 commands:
 {commands}
@@ -30,12 +33,17 @@ commands:
   python -m trainer COMMAND --help     the options of a command
   python -m trainer train --help       every setting of a run
 
+Settings come from the config file, from the environment, which goes before the
+file (TRAINER_OPTIMIZER__LR=3e-4), and from flags, which go before both.
+
 examples:
-  python -m trainer configs/fashion_cnn.yaml --optimizer.lr 3e-4 --run.url s3://bucket/run7
+  python -m trainer configs/fashion_cnn.yaml --optimizer.lr 3e-4 \\
+      --run.url s3://bucket/run7
   torchrun --nproc_per_node=4 -m trainer configs/fashion_cnn.yaml
   srun --ntasks=8 python -m trainer configs/fashion_cnn.yaml
 
-exit codes: 0 done or stopped by a signal after saving, 1 failed, 2 a mistake in what was asked for
+exit codes: 0 done, or stopped by a signal after saving; 1 failed; 2 a mistake
+in what was asked for, which a line on standard error names
 """
 
 
@@ -51,9 +59,16 @@ def complain(text: str) -> None:
             print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+def _misspelt(words: Sequence[str]) -> str | None:
+    """The command that the first word is likely to mean."""
+    if not words or words[0] in COMMANDS or not words[0].isalpha() or Path(words[0]).exists():
+        return None
+    return next(iter(difflib.get_close_matches(words[0], COMMANDS, 1)), None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] in (["-h"], ["--help"], ["help"]):
+    if words[:1] in (["-h"], ["--help"]) or words == ["help"]:
         table = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
         print(USAGE.format(commands=table), end="")  # noqa: T201
         return 0
@@ -62,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)  # noqa: T201
         return 0
+    if words[:1] == ["help"]:  # `help train` is `train --help`
+        words = [*words[1:2], "--help"]
+    if (near := _misspelt(words)) is not None:
+        complain(f"{words[0]}: neither a command nor a config file: did you mean {near!r}?")
+        return 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
 
     from . import commands

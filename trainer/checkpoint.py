@@ -4,7 +4,7 @@
 
 Data first; the manifest, with size and sha256 of every file, last. No rename is needed, so one protocol holds for local
 disks and object stores alike. A folder without a manifest is a save that did not finish, and is never read. A folder
-that fails its own manifest is set aside (its manifest becomes DAMAGED.json) and the checkpoint before it is used.
+that fails its own manifest is set aside (DAMAGED.json takes the manifest's place) and the checkpoint before it is used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from . import __version__
 from .storage import Storage, StorageError
 
 Groups = dict[str, dict[str, Tensor]]
+STATE = "state.json"
 MANIFEST = "MANIFEST.json"
 DAMAGED = "DAMAGED.json"
 FORMAT = 1
@@ -67,10 +68,9 @@ class CheckpointStore:
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         """Write and commit; raises StorageError. A committed checkpoint of that step is left as it is."""
         here = folder(step)
-        if (names := self.storage.list(here)) and MANIFEST in names:
+        if self.storage.exists(f"{here}/{MANIFEST}"):
             return
-        if names:  # leftovers of a save that did not finish, or was set aside
-            self.storage.delete_tree(here)
+        self.storage.delete_tree(here)  # leftovers of a save that did not finish, or was set aside
         files: dict[str, dict[str, Any]] = {}
 
         def put(name: str, data: bytes) -> None:
@@ -79,7 +79,7 @@ class CheckpointStore:
 
         for name, tensors in groups.items():
             put(f"{name}.safetensors", safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}))
-        put("state.json", json.dumps(state, indent=1, sort_keys=True).encode())
+        put(STATE, json.dumps(state, indent=1, sort_keys=True).encode())
         manifest = {
             "format": FORMAT, "step": step, "files": files, "trainer": __version__, "torch": torch.__version__,
         }  # fmt: skip
@@ -116,9 +116,17 @@ class CheckpointStore:
     def _manifest(self, step: int) -> dict[str, dict[str, Any]]:
         try:
             manifest = json.loads(self.storage.read(f"{folder(step)}/{MANIFEST}"))
+            if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:  # sound, so not to be set aside
+                raise StorageError(
+                    f"{self.storage}/{folder(step)} has format {manifest['format']}, written by trainer "
+                    f"{manifest.get('trainer')}; this is trainer {__version__}, which reads format {FORMAT}: update it"
+                )
             if manifest["step"] != step or manifest["format"] != FORMAT:
                 raise Damaged(f"{MANIFEST} is of step {manifest['step']}, format {manifest['format']}")
-            return {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in manifest["files"].items()}
+            files = {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in manifest["files"].items()}
+            if STATE not in files or not all(isinstance(file["size"], int) for file in files.values()):
+                raise Damaged(f"{MANIFEST} does not list the files of a checkpoint")
+            return files
         except StorageError as error:
             if error.missing:
                 raise Damaged(f"{MANIFEST} is missing: the save did not finish") from None
@@ -127,17 +135,21 @@ class CheckpointStore:
             raise Damaged(f"{MANIFEST} cannot be read") from None
 
     def _read(self, step: int, name: str, expected: dict[str, Any]) -> bytes:
-        try:
-            data = self.storage.read(f"{folder(step)}/{name}")
-        except StorageError as error:
-            if error.missing:
-                raise Damaged(f"{name} is missing") from None
-            raise
-        if len(data) != expected["size"]:
-            raise Damaged(f"{name} has {len(data)} bytes where {expected['size']} were written")
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise Damaged(f"{name} has other content than was written (sha256 differs)")
-        return data
+        problem = ""
+        for _ in range(2):  # what a transfer spoiled is whole the second time, and must not condemn the checkpoint
+            try:
+                data = self.storage.read(f"{folder(step)}/{name}", deadline=self.storage.patience(expected["size"]))
+            except StorageError as error:
+                if error.missing:
+                    raise Damaged(f"{name} is missing") from None
+                raise
+            if len(data) != expected["size"]:
+                problem = f"{name} has {len(data)} bytes where {expected['size']} were written"
+            elif hashlib.sha256(data).hexdigest() != expected["sha256"]:
+                problem = f"{name} has other content than was written (sha256 differs)"
+            else:
+                return data
+        raise Damaged(problem)
 
     def size(self, step: int) -> int:
         """Bytes of a committed checkpoint; 0 where its manifest cannot be read."""
@@ -163,14 +175,14 @@ class CheckpointStore:
     def load(self, step: int, groups: Iterable[str] | None = None) -> Checkpoint:
         """Read and verify all of a checkpoint, or only some groups of it; raises Damaged."""
         files = self._manifest(step)
-        wanted = None if groups is None else {f"{name}.safetensors" for name in groups} | {"state.json"}
+        wanted = None if groups is None else {f"{name}.safetensors" for name in groups} | {STATE}
         loaded: Groups = {}
         state: dict[str, Any] = {}
         for name, expected in files.items():
             if wanted is not None and name not in wanted:
                 continue
             data = self._read(step, name, expected)
-            if name == "state.json":
+            if name == STATE:
                 state = json.loads(data)
             else:
                 loaded[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
@@ -199,9 +211,19 @@ class CheckpointStore:
         self.storage.delete(f"{folder(step)}/{MANIFEST}")
 
     def prune(self, keep: int, protected: Callable[[int], bool] = lambda step: False) -> list[int]:
-        """Delete all but the newest `keep` and the protected ones; returns what was deleted."""
-        doomed = [step for step in self.steps()[:-keep] if not protected(step)]
+        """Delete all but the newest `keep` (1 or more) and the protected ones; returns what was deleted.
+
+        Goes with them what a killed save or prune has left behind; those that were set aside stay.
+        """
+        assert keep > 0, keep
+        committed = self.steps()
+        doomed = [step for step in committed[:-keep] if not protected(step)]
         for step in doomed:  # the manifest first, so that a half-deleted checkpoint does not exist
             self.storage.delete(f"{folder(step)}/{MANIFEST}")
             self.storage.delete_tree(folder(step))
+        for step in self.folders():
+            # one that is newer than the newest may be a save in flight
+            leftover = step not in committed and step < max(committed, default=0)
+            if leftover and not self.storage.exists(f"{folder(step)}/{DAMAGED}"):
+                self.storage.delete_tree(folder(step))
         return doomed

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from . import run as runs
 from .checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
-from .config import RunConfig, UserError, build, config_class, data_root, dump, read_file
 from .config import DataOptions as Data
-from .data.sources import SUFFIXES, BadSample, DataSet, decode, open_data
+from .config import RunConfig, UserError, build, config_class, dump, read_file, takes_no_value
+from .data.sources import SUFFIXES, BadSample, DataSet, decode
 from .data.transforms import Augment, Crop
 from .engine import Engine
 from .runtime import Place, Runtime
 from .state import TrainState, load_weights
 from .storage import Storage, StorageError
-from .tracker import MetricLog, Silent, Tracker
 from .tracker import Console as TrackerConsole
+from .tracker import MetricLog, Silent, Tracker
 from .workload import Workload
 
-DEFAULT_NAME = "digits_cnn"
+DEFAULT_FILE = Path(__file__).with_name("digits_cnn.yaml")  # what is trained where no config is given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +48,8 @@ def _split_file(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The config file among the words, and the flags."""
     flags = list(words)
     for index, word in enumerate(flags):
-        value_of_flag = index and flags[index - 1].startswith("--") and "=" not in flags[index - 1]
+        before = flags[index - 1] if index else ""
+        value_of_flag = before.startswith("--") and "=" not in before and not takes_no_value(before)
         if not word.startswith("-") and (index == 0 or (word.endswith((".yaml", ".yml")) and not value_of_flag)):
             return flags.pop(index), flags
     return None, flags
@@ -67,17 +68,18 @@ def _peek(words: Sequence[str], flag: str) -> str | None:
 def read_config(words: Sequence[str], program: str, description: str) -> tuple[RunConfig, str]:
     """The config that the words, the environment and the file give, and the run's name."""
     file, flags = _split_file(words)
-    values = read_file(file) if file else {}
+    values = read_file(file or str(DEFAULT_FILE))
     section = values.get("workload", {})
     if not isinstance(section, dict):
         raise UserError(f"workload: {section!r} should be a mapping with a name: 'workload: {{name: classifier}}'")
     name = _peek(flags, "--workload.name") or os.environ.get("TRAINER_WORKLOAD__NAME")
-    name = name or str(section.get("name", "classifier"))
+    name = name if name and not name.startswith("--") else str(section.get("name", "classifier"))
     model = runs.model_for(name)
-    if file or "name" not in section:
-        values = {**values, "workload": {"name": name, **section}}
+    if file is None and name != section["name"]:  # the default config is that of another workload
+        values, section = {}, {}
+    values = {**values, "workload": {"name": name, **section}}
     config = build(model, values, flags, program, description)
-    stem = Path(file).stem if file else DEFAULT_NAME
+    stem = Path(file or DEFAULT_FILE).stem
     if file and stem == "config":  # a run directory's own config
         stem = Path(file).absolute().parent.name
     return config, re.sub(r"[^A-Za-z0-9._-]", "_", stem)
@@ -150,7 +152,7 @@ def _open(
     """Open a checkpoint with the data set it was trained on; raises UserError."""
     storage, named = _locate(url)
     stored = runs.load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
-    data = open_data(stored.data, root or data_root(stored), split if split != "auto" else stored.evaluate.split)
+    data = runs.open_run_data(stored, root, None if split == "auto" else split)
     workload = runs.build_workload(stored, data)
     store = CheckpointStore(storage.at("checkpoints"))
     step = _choose_step(storage, store, step if step is not None else named, workload if best else None)
@@ -165,7 +167,7 @@ def _open(
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="RUN", help="URL of a run, or of a checkpoint in it")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
     parser.add_argument("--data-root", metavar="DIR", help="where the data is, if not where the run found it")
 
@@ -173,8 +175,14 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate(words: Sequence[str]) -> int:
     parser = _Parser("python -m trainer evaluate", description="Evaluate a checkpoint; every sample counts once.")
     _checkpoint_arguments(parser)
-    parser.add_argument("--split", default="auto", choices=["auto", "val", "test", "train"])
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu"])
+    parser.add_argument(
+        "--split", metavar="NAME", default="auto", choices=["auto", "val", "test", "train"],
+        help="val | test | train (default: the split that the run evaluated)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", metavar="NAME", default="auto", choices=["auto", "cpu"],
+        help="auto | cpu; auto is the accelerator where there is one (default: auto)",
+    )  # fmt: skip
     given = parser.parse_args(words)
     trained = _open(
         given.checkpoint, step=given.step, best=given.best, split=given.split, root=given.data_root
@@ -219,7 +227,7 @@ def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> 
     """(N, classes) float32 for image files, prepared as the held-out data is."""
     data = trained.data.description
     plain = Data(name=trained.config.data.name)
-    crop = Crop(plain, data.size, 0, train=False)
+    crop = Crop(plain, data.size, 0, train=False, photographs=trained.data.photographs)
     normalise = Augment(plain, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
     network = trained.workload.eval().inference().eval()
     found = []
@@ -238,9 +246,9 @@ def predict(words: Sequence[str]) -> int:
     parser = _Parser("python -m trainer predict", description="Label images: a table of classes and probabilities.")
     _checkpoint_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of them")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to show (default: 3)")
+    parser.add_argument("--top", metavar="N", type=int, default=3, help="how many classes to show (default: 3)")
     parser.add_argument("--json", action="store_true", help="a JSON object per image instead of a table")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", metavar="N", type=int, default=64, help="images at a time (default: 64)")
     given = parser.parse_args(words)
     if given.top < 1 or given.batch_size < 1:
         raise UserError("predict: --top and --batch-size must be 1 or more")
@@ -268,8 +276,8 @@ def export(words: Sequence[str]) -> int:
     _checkpoint_arguments(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--format", nargs="+", default=["safetensors"], choices=["safetensors", "torch", "onnx"],
-        help="safetensors: weights and config.json; torch: a torch.export program; onnx (default: safetensors)",
+        "--format", metavar="NAME", nargs="+", default=["safetensors"], choices=["safetensors", "torch", "onnx"],
+        help="safetensors: weights and config.json | torch: a torch.export program | onnx (default: safetensors)",
     )  # fmt: skip
     given = parser.parse_args(words)
     trained = _open(given.checkpoint, step=given.step, best=given.best, root=given.data_root)
@@ -330,7 +338,11 @@ def _export_onnx(network: nn.Module, trained: Trained, example: Tensor, target: 
     except ImportError:
         return f"{path}; not compared, for onnxruntime is not installed"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return f"{path}; logits differ by {_difference(network, lambda x: session.run(None, {'images': x.numpy()})[0], example)}"
+
+    def other(images: Tensor) -> Any:
+        return session.run(None, {"images": images.numpy()})[0]
+
+    return f"{path}; logits differ by {_difference(network, other, example)}"
 
 
 @torch.no_grad()
@@ -340,9 +352,14 @@ def _difference(network: nn.Module, other: Any, example: Tensor) -> str:
 
 def checkpoints(words: Sequence[str]) -> int:
     parser = _Parser("python -m trainer checkpoints", description="List, verify or prune the checkpoints of a run.")
-    parser.add_argument("action", choices=["list", "verify", "prune"])
-    parser.add_argument("run", metavar="RUN", help="URL of a run")
-    parser.add_argument("--keep", type=int, default=3, help="prune: how many of the newest to keep (default: 3)")
+    parser.add_argument(
+        "action", metavar="ACTION", choices=["list", "verify", "prune"],
+        help="list: what there is | verify: read every byte; exit code 1 if any is damaged | prune: delete old ones",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="URL of a run, or for list and verify of a checkpoint in it")
+    parser.add_argument(
+        "--keep", metavar="N", type=int, default=3, help="prune: how many of the newest to keep (default: 3)"
+    )
     given = parser.parse_args(words)
     storage, step = _locate(given.run)
     store = CheckpointStore(storage.at("checkpoints"))
@@ -358,9 +375,8 @@ def checkpoints(words: Sequence[str]) -> int:
         if given.action == "list":
             committed = MANIFEST in names
             size = f"{store.size(here) / 2**20:.1f} MiB" if committed else ""
-            say(
-                f"{folder(here)}  {'committed' if committed else 'set aside' if DAMAGED in names else 'unfinished'}  {size}"
-            )
+            status = "committed" if committed else "set aside" if DAMAGED in names else "unfinished"
+            say(f"{folder(here)}  {status}  {size}".rstrip())
             continue
         problems = store.verify(here)
         bad += bool(problems)

@@ -6,15 +6,28 @@ options of a workload live in that workload's file; `config_class` builds the mo
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -35,6 +48,8 @@ _UNITS = {
 }  # fmt: skip
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 _MAX_YAML_BYTES = 1 << 20
+_WRITE_A_DURATION = "write a number and a unit: steps, epochs, samples, seconds, minutes or hours"
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
 class UserError(Exception):
@@ -52,8 +67,11 @@ class Duration(BaseModel):
     def parse(cls, text: str) -> Duration:
         match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([a-z]+?)s?\s*", text)
         if not match or match[2] not in _UNITS:
-            raise ValueError("write a number and a unit: steps, epochs, samples, seconds, minutes or hours")
-        return cls(amount=float(match[1]), unit=_UNITS[match[2]])
+            raise ValueError(_WRITE_A_DURATION)
+        amount = float(match[1].replace("_", ""))
+        if not math.isfinite(amount):
+            raise ValueError("is longer than a run can be")
+        return cls(amount=amount, unit=_UNITS[match[2]])
 
     @property
     def seconds(self) -> float | None:
@@ -63,33 +81,57 @@ class Duration(BaseModel):
     def steps(self, samples_per_step: int, epoch_samples: int) -> int:
         """Length in steps, rounded up; at least one for anything above zero."""
         assert self.seconds is None
-        per_unit = {"steps": 1.0, "samples": 1 / samples_per_step, "epochs": epoch_samples / samples_per_step}
-        return -int(-self.amount * per_unit[self.unit] // 1)
+        # In fractions: 0.07 epochs of 100 steps are 7 steps, where floats give 7.000000000000001.
+        per_unit = {"steps": Fraction(1), "samples": Fraction(1, samples_per_step),
+                    "epochs": Fraction(epoch_samples, samples_per_step)}  # fmt: skip
+        return math.ceil(Fraction(str(self.amount)) * per_unit[self.unit])
 
 
-def _check(allowed: Callable[[Duration], bool], message: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
+def _duration(allowed: Callable[[Duration], bool], message: str) -> BeforeValidator:
+    def check(text: object) -> object:
+        if text is None:  # for the settings that may be off
+            return None
+        if not isinstance(text, str):
+            raise ValueError(_WRITE_A_DURATION)
         if not allowed(Duration.parse(text)):
             raise ValueError(message)
         return text
 
-    return check
+    return BeforeValidator(check)
 
 
-Length = Annotated[str, AfterValidator(_check(lambda d: d.amount > 0, "must be longer than zero"))]
+Length = Annotated[str, _duration(lambda d: d.amount > 0, "must be longer than zero")]
 Interval = Annotated[
-    str,
-    AfterValidator(
-        _check(lambda d: d.seconds is None and d.amount > 0, "must be in steps, epochs or samples, and above zero")
-    ),
+    str, _duration(lambda d: d.seconds is None and d.amount > 0, "must be in steps, epochs or samples, and above zero")
 ]
-WarmUp = Annotated[str, AfterValidator(_check(lambda d: d.seconds is None, "must be in steps, epochs or samples"))]
+WarmUp = Annotated[str, _duration(lambda d: d.seconds is None, "must be in steps, epochs or samples")]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Options(BaseModel):
+def _yes_or_no(value: object) -> object:
+    """YAML reads the words yes and no as booleans."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+class _Checked(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, values: Any) -> Any:
+        """`batch_size: yes` is a mistake, where pydantic would take it for 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+            if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError(f"{name}: {json.dumps(value)} should be a number")
+        return values
+
+
+class Options(_Checked):
     """Base of every group of settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class DataOptions(Options):
@@ -101,7 +143,7 @@ class DataOptions(Options):
     """Whether missing files may be fetched."""
     size: int | None = Field(None, ge=4, le=1024)
     """Height and width in pixels for image folders, shards, LSUN, ImageNet and fake data. Default: 224; fake: 32."""
-    resident: Literal["auto", "yes", "no"] = "auto"
+    resident: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Keep the set as one uint8 tensor on the device; auto does so for the small sets."""
     workers: int = Field(2, ge=0, le=128)
     """Loader processes per rank, where the set is not resident. Changes speed only, never a batch."""
@@ -127,31 +169,38 @@ class DataOptions(Options):
 
 class OptimizerOptions(Options):
     name: Literal["sgd", "adam", "adamw"] = "adam"
+    """SGD, Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019)."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """SGD only."""
     nesterov: bool = False
     """SGD only; needs momentum."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     """Adam and AdamW only."""
     eps: float = Field(1e-8, gt=0)
+    """Adam and AdamW only: added to the denominator."""
     weight_decay: float = Field(0.0, ge=0)
     """Never applied to norms and biases."""
     clip_norm: float | None = Field(None, gt=0)
-    """Largest norm of the gradient over all parameters of a phase."""
+    """Largest norm of the gradient over all parameters of a phase. Default: not clipped."""
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerOptions:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs momentum above zero: set optimizer.momentum, for example to 0.9")
+            raise ValueError(
+                "optimizer.nesterov: true needs momentum above zero: set optimizer.momentum, for example to 0.9"
+            )
         if self.momentum and self.name != "sgd":
-            raise ValueError(f"momentum is a setting of sgd, not of {self.name}: use optimizer.betas")
+            raise ValueError(
+                f"optimizer.momentum: {self.momentum} is a setting of sgd, not of {self.name}: use optimizer.betas"
+            )
         return self
 
 
 class ScheduleOptions(Options):
     name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    """How the learning rate falls. cosine and one_cycle need a duration that is not a time."""
     warmup: WarmUp = "0 steps"
     """Linear rise from zero; for one_cycle the rising part."""
     every: Interval = "30 epochs"
@@ -164,10 +213,13 @@ class ScheduleOptions(Options):
 
 class EvaluateOptions(Options):
     every: Interval = "1 epoch"
+    """How often to evaluate; the end of training always does."""
     split: Literal["auto", "val", "test", "train"] = "auto"
     """auto: val where there is one, else test."""
     batch_size: int = Field(500, ge=1)
     """Global. Changes speed and memory only."""
+    samples: int | None = Field(None, ge=1)
+    """Evaluate only so many of the first samples of the split, for a quick look. Default: all."""
 
 
 class CheckpointOptions(Options):
@@ -176,20 +228,25 @@ class CheckpointOptions(Options):
     keep: int = Field(3, ge=1)
     """How many of the newest to keep; the best one stays as well."""
     keep_every: Interval | None = None
-    """Keep these for ever."""
+    """Keep a checkpoint this often for ever. Default: never."""
 
 
 class LogOptions(Options):
     every: Interval = "50 steps"
+    """How often to log loss, learning rate and speed."""
 
 
 class WandbOptions(Options):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when logged in, else offline."""
+    """auto: what WANDB_MODE says, else online when logged in, else offline."""
     project: str = "trainer"
+    """Project that the run is listed under."""
     entity: str | None = None
+    """User or team. Default: the one of the login."""
     group: str | None = None
+    """Group of runs to show together. Default: none."""
     tags: tuple[str, ...] = ()
+    """Labels to find the run by."""
 
 
 class RunOptions(Options):
@@ -203,9 +260,10 @@ class WorkloadOptions(Options):
     """Base of the options that a workload's file defines as `Options`; `name` is the file's name."""
 
     name: str
+    """What is trained: the name of a file in trainer/workloads."""
 
 
-class RunConfig(BaseSettings):
+class RunConfig(_Checked, BaseSettings):
     """Settings of a run. `config_class` adds the workload's options."""
 
     model_config = SettingsConfigDict(
@@ -222,6 +280,7 @@ class RunConfig(BaseSettings):
     duration: Length = "30 epochs"
     """Epochs, steps, samples or hours."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Of weights, data order, augmentation and every draw in a step."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """bf16 is autocast with fp32 weights; auto is bf16 on a GPU, fp32 elsewhere."""
     batch_norm: Literal["sync", "local"] = "sync"
@@ -231,6 +290,7 @@ class RunConfig(BaseSettings):
     compile: bool = False
     """torch.compile the networks. Pays off on a GPU; on a CPU it mostly does not."""
     device: Literal["auto", "cpu"] = "auto"
+    """auto: the accelerator where there is one."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank. Default: cores / ranks."""
     optimizer: OptimizerOptions = OptimizerOptions()
@@ -274,6 +334,8 @@ def check_url(url: str) -> None:
         raise ValueError(
             "run.url: a password does not belong into a URL: use the environment or a profile of the backend"
         )
+    if not url.strip() or (separator and not path.strip("/")):
+        raise ValueError(f"run.url: {url!r} names no place: give a folder, or a URL such as s3://bucket/folder")
     if separator and ".." in path.split("/"):
         raise ValueError(f"run.url: {url!r} must not contain '..': write the path out")
 
@@ -284,6 +346,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for name, _ in node.value:
+            if name.tag != "tag:yaml.org,2002:str":
+                raise UserError(f"the key in line {name.start_mark.line + 1} is not a name: write `setting: value`")
             if name.value in seen:
                 raise UserError(f"duplicate key {name.value!r} in line {name.start_mark.line + 1}: keep one of them")
             seen.add(name.value)
@@ -300,7 +364,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(text: str, name: str) -> dict[str, Any]:
     """A config as plain data; raises UserError with the file's name."""
     if len(text) > _MAX_YAML_BYTES:
-        raise UserError(f"{name}: {len(text)} bytes is too long for a config; the limit is {_MAX_YAML_BYTES}")
+        raise UserError(f"{name}: too long for a config; the limit is {_MAX_YAML_BYTES} bytes")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise UserError(f"{name}: YAML aliases (*name) are not supported: write the value out")
@@ -310,7 +374,11 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{name}: not valid YAML{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, brackets a thousand deep
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UserError(f"{name}: not valid YAML: {reason}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -320,13 +388,13 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
 
 def read_file(path: str) -> dict[str, Any]:
     try:
-        return read_yaml(Path(path).read_text(encoding="utf-8"), path)
+        with Path(path).open(encoding="utf-8") as file:
+            return read_yaml(file.read(_MAX_YAML_BYTES + 1), path)
     except FileNotFoundError:
-        near = sorted(str(p) for p in Path(path).parent.glob("*.yaml")) if Path(path).parent.is_dir() else []
-        hint = difflib.get_close_matches(path, near, 1)
-        raise UserError(
-            f"no config file {path!r}" + (f": did you mean {hint[0]!r}?" if hint else ": check the path")
-        ) from None
+        there = {p.stem: str(p) for p in sorted(Path(path).parent.glob("*.yaml"))}
+        near = difflib.get_close_matches(Path(path).stem, there, 1)
+        hint = f"did you mean {there[near[0]]!r}?" if near else "check the path"
+        raise UserError(f"no config file {path!r}: {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a config: {error}") from None
 
@@ -339,17 +407,170 @@ def config_class(*workloads: type[WorkloadOptions], default: WorkloadOptions | N
     return create_model("Config", __base__=RunConfig, workload=(kind, ... if default is None else default))
 
 
+def _settings(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting by its dotted name."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _settings(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def _groups(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """The keys of every group of settings, by its dotted name."""
+    found = {prefix.rstrip("."): list(model.model_fields)}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _groups(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def takes_no_value(flag: str, model: type[BaseModel] = RunConfig) -> bool:
+    """Whether a flag such as --data.flip may stand alone."""
+    field = _settings(model).get(_positive(_name(flag)))
+    return field is not None and _is_boolean(field)
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _positive(name: str) -> str:
+    """data.flip for data.no_flip and no_data.flip."""
+    return re.sub(r"(^|\.)no_", r"\1", name, count=1)
+
+
+def _is_boolean(field: FieldInfo) -> bool:
+    return bool in (field.annotation, *get_args(field.annotation))
+
+
+def _list_text(items: Sequence[str]) -> str:
+    """Words, words with commas or a JSON list, as a JSON list."""
+    if len(items) == 1 and items[0].lstrip().startswith("["):
+        try:
+            json.loads(items[0])
+            return items[0]
+        except ValueError:
+            pass
+    return json.dumps([part for item in items for part in item.split(",") if part])
+
+
+def _unknown(what: str, name: str, model: type[RunConfig], prefix: str = "") -> str:
+    settings, groups = list(_settings(model)), _groups(model)
+    if name and name in groups:
+        return f"{what}: a group of settings: set one of {', '.join(f'{prefix}{name}.{key}' for key in groups[name])}"
+    ends = [setting for setting in settings if setting.rpartition(".")[2] == name]
+    near = ends or difflib.get_close_matches(name, settings, 1, cutoff=0.6)
+    way_out = f"did you mean {' or '.join(prefix + n for n in near)}?" if near else "'train --help' lists all"
+    return f"{what}: unknown setting; {way_out}"
+
+
+def _read_flags(words: Sequence[str], model: type[RunConfig]) -> tuple[list[str], list[str]]:
+    """The flags as `--name=value`, in which a value may begin with a dash, and a line per mistake."""
+    settings = _settings(model)
+    flags: dict[str, str] = {}
+    problems: list[str] = []
+    rest = list(words)
+
+    def values() -> list[str]:
+        found = []
+        while rest and not rest[0].startswith("--"):
+            found.append(rest.pop(0))
+        return found
+
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return ["--help"], []
+        if not word.startswith("--"):
+            problems.append(f"{word}: neither a flag nor the value of one: give one config file, then --setting value")
+            continue
+        _, given, value = word.partition("=")
+        name = _name(word)
+        positive = _positive(name)
+        if name in settings:
+            field = settings[name]
+        elif positive in settings and _is_boolean(settings[positive]):
+            flags[positive] = "false"
+            if given:
+                problems.append(f"{word}: takes no value: write --{positive} or --{positive}=false")
+            continue
+        else:
+            problems.append(_unknown(f"--{word[2:].partition('=')[0]}", name, model, "--"))
+            values()
+            continue
+        if _is_boolean(field):
+            alone = not given and not (rest and rest[0].lower() in _BOOLEANS)
+            flags[name] = "true" if alone else value if given else rest.pop(0)
+        elif get_origin(field.annotation) is tuple:
+            items = [value] if given else values()
+            flags[name] = _list_text(items)
+            if not items:
+                problems.append(f"--{name}: has no value: write --{name} VALUE ...")
+        elif given or (rest and not rest[0].startswith("--")):
+            flags[name] = value if given else rest.pop(0)
+        else:
+            problems.append(f"--{name}: has no value: write --{name} VALUE, or --{name}=VALUE if it begins with --")
+    return [f"--{name}={value}" for name, value in flags.items()], problems
+
+
+def _variables() -> dict[str, str]:
+    """Settings in the environment by dotted name. TRAINER_DATA is the data folder and no setting."""
+    names = {variable: variable.lower() for variable in os.environ}
+    return {
+        name.removeprefix("trainer_").replace("__", "."): variable
+        for variable, name in sorted(names.items())
+        if name.startswith("trainer_") and name != "trainer_data"
+    }
+
+
 class _Environment(EnvSettingsSource):
-    """TRAINER_OPTIMIZER__LR and so on. TRAINER_DATA alone is the data folder, not the group `data`."""
+    """TRAINER_OPTIMIZER__LR and so on; only the variables that are settings."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name: value for name, value in super()._load_env_vars().items() if name.lower() != "trainer_data"}
+        settings, found = _settings(self.settings_cls), {}
+        for name, variable in _variables().items():
+            if name in settings:
+                value = os.environ[variable]
+                is_list = get_origin(settings[name].annotation) is tuple
+                found[variable.lower()] = _list_text([value]) if is_list else value
+        return found
+
+
+class _Help(argparse.HelpFormatter):
+    """Help in which the choices of a setting stand in its text, not between its name and its text."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = str(action.metavar or "")
+        if not action.option_strings or not kind:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        if kind == "bool":
+            return f"{flag}, --{'.no-'.join(flag[2:].rsplit('.', 1)) if '.' in flag else f'no-{flag[2:]}'}"
+        if kind.startswith("tuple["):
+            return f"{flag} VALUE ..."
+        shown = {"int": "N", "float": "X", "str": "TEXT"}
+        return f"{flag} {'CHOICE' if kind.startswith('{') else shown.get(kind, kind)}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        # What a setting without a value means is in its text, after 'Default:'.
+        text = re.sub(r" \(default: (null|None)\)", "", super()._expand_help(action))
+        kind = str(action.metavar or "")
+        return f"{kind[1:-1].replace(',', ' | ')}. {text}" if kind.startswith("{") else text
 
 
 def build(
     model: type[RunConfig], values: dict[str, Any], flags: Sequence[str], program: str, description: str
 ) -> RunConfig:
     """Merge file values, environment and flags; raises UserError with a line per mistake. Prints help on --help."""
+    words, problems = _read_flags(flags, model)
+    if words != ["--help"]:
+        problems += [_unknown(v, n, model) for n, v in _variables().items() if n not in _settings(model)]
 
     class Sources(model):  # type: ignore[valid-type,misc]
         __doc__ = description
@@ -363,66 +584,61 @@ def build(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            arguments = CliSettingsSource(
+            arguments = CliSettingsSource[argparse.ArgumentParser](
                 settings_cls,
                 cli_prog_name=program,
-                cli_parse_args=list(flags),
+                cli_parse_none_str="null",
                 cli_hide_none_type=True,
                 cli_avoid_json=True,
-                cli_implicit_flags=True,
                 cli_exit_on_error=False,
                 cli_enforce_required=False,
+                formatter_class=_Help,
             )
-            return arguments, _Environment(settings_cls), InitSettingsSource(settings_cls, init_kwargs=values)
+            arguments.root_parser.usage = f"{program} [--setting value ...]"
+            return (
+                arguments(args=words),
+                _Environment(settings_cls),
+                InitSettingsSource(settings_cls, init_kwargs=values),
+            )
 
     try:
         merged = Sources()
     except ValidationError as error:
-        raise UserError("\n".join(_line(e, model) for e in error.errors())) from None
+        problems += [_line(e, model) for e in error.errors()]
     except SettingsError as error:
-        raise UserError(_flag_line(str(error), model)) from None
+        problems.append(re.sub(r"^error parsing CLI: ", "", str(error).splitlines()[0]))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return model.model_construct(**{name: getattr(merged, name) for name in model.model_fields})
 
 
-def _groups(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
-    """The keys of every group of settings, by its dotted name."""
-    found = {prefix.rstrip("."): list(model.model_fields)}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= _groups(field.annotation, f"{prefix}{name}.")
-    return found
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+def _shown(value: object) -> str:
+    """A value as the user may have written it, cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _line(error: Any, model: type[RunConfig]) -> str:
     where = [str(part) for part in error["loc"]]
     name, value, message = ".".join(where), error.get("input"), str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        group = ".".join(where[:-1])
-        return f"{name}: unknown setting; {_closest(where[-1], _groups(model).get(group, []))}"
-    if not name or (error["type"] == "value_error" and isinstance(value, BaseModel | dict)):
-        return message if not name or message.startswith(name) else f"{name}: {message}"
-    message = message.removeprefix("Input ")
-    return f"{name}: {value!r} {message if message.startswith('should') else 'is not valid: ' + message}"
-
-
-def _flag_line(text: str, model: type[RunConfig]) -> str:
-    unknown = re.search(r"unrecognized arguments: (\S+)", text)
-    if unknown:
-        flag = unknown[1].lstrip("-").split("=")[0]
-        known = [f"{g}.{k}" if g else k for g, keys in _groups(model).items() for k in keys]
-        if not unknown[1].startswith("-"):
-            return f"{unknown[1]!r} is not a flag: give one config file, then --setting value"
-        return f"--{flag}: unknown flag; {_closest(flag, known) if _near(flag, known) else 'see --help'}"
-    return re.sub(r"^error parsing CLI: ", "", text.splitlines()[0])
-
-
-def _near(name: str, known: Sequence[str]) -> bool:
-    return bool(difflib.get_close_matches(name, known, 1, cutoff=0.6))
+        known = _groups(model).get(".".join(where[:-1]), [])
+        near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.6)
+        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{name}: unknown setting; {way_out}"
+    if error["type"] == "missing":
+        return f"{name}: missing: give a value"
+    if error["type"] == "value_error" and isinstance(value, BaseModel | dict):
+        return message if message.startswith(name) else f"{name}.{message}"  # it names the setting
+    message = message.removeprefix("Input ").partition(", unable to")[0]
+    message = message.replace("a valid tuple", "a list")
+    if "valid dictionary" in message:
+        message = "should be a mapping of settings"
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", message), 1, cutoff=0.6)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    separator = " " if message.startswith(("should", "must", "is ")) else " is not valid: "
+    return f"{name}: {_shown(value)}{separator}{message}"
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -444,7 +660,10 @@ def is_safe(name: str) -> bool:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that reads back to itself."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    # PyYAML writes these three as they are and reads them back as line ends.
+    odd = any(character in json.dumps(values, ensure_ascii=False) for character in "\x85\u2028\u2029")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=not odd)
 
 
 def data_root(config: RunConfig) -> str:

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .randomness import Draws
 from .runtime import PhaseModule, Runtime
 from .schedule import Schedule
 from .state import Groups, TrainState
-from .randomness import Draws
 from .workload import Batch, Phase, Scalars, Totals, Workload
 
 Metrics = dict[str, float]
@@ -33,7 +33,7 @@ class Loader(Protocol):
 
     def train(self, first: int) -> Iterator[MicroBatches]: ...
     def evaluate(self) -> Iterator[tuple[slice, Batch]]: ...
-    def faults(self) -> int: ...
+    def faults(self) -> list[str]: ...  # the samples that this rank could not read
 
 
 class Tracker(Protocol):
@@ -58,7 +58,10 @@ class Cadence:
     period: Fraction | None
 
     def due(self, step: int) -> bool:
-        return self.period is not None and step > 0 and step // self.period > (step - 1) // self.period
+        if self.period is None or step <= 0:
+            return False
+        steps, times = self.period.numerator, self.period.denominator
+        return step * times // steps > (step - 1) * times // steps
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Engine:
     def __post_init__(self) -> None:
         self.workload: Workload = self.state.workload
         self.phases = [(phase, self.runtime.ddp(phase), phase.parameters) for phase in self.workload.phases]
+        owned = [id(parameter) for _, _, parameters in self.phases for parameter in parameters]
+        assert len(owned) == len(set(owned)), "two phases train one parameter: DDP would reduce its gradient twice"
         self.reads = max(phase.times for phase in self.workload.phases)
         self.samples_per_step = self.reads * self.loader.batch_size
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
@@ -154,9 +159,11 @@ class Engine:
         while True:
             if limits.evaluate.due(state.step) and self.evaluated != state.step and not self.evaluate(clock):
                 return self.leave("preempted", clock)
-            stop, save, finish = runtime.agree(*self.flags(clock))
+            stop, save, finish, faults = runtime.agree(*self.flags(clock))
             if stop or finish or state.step == limits.total_steps:
                 break
+            if faults > limits.faults and self.bad_data():
+                return self.outcome("bad_data", clock)
             clock.start()
             read = list(itertools.islice(batches, self.reads))
             clock.stop_waiting()
@@ -167,11 +174,9 @@ class Engine:
             if (save or limits.save.due(state.step)) and not self.save(clock):
                 return self.outcome("non_finite", clock)
             self.tracker.progress(state.step)
-        if stop == BAD_DATA:
-            return self.outcome("bad_data", clock)
         if stop or (self.evaluated != state.step and not self.evaluate(clock)):
             return self.leave("preempted", clock)
-        return self.leave("done", clock)
+        return self.outcome("bad_data", clock) if self.bad_data() else self.leave("done", clock)
 
     def update(self, batches: Sequence[MicroBatches], with_norm: bool = False) -> None:
         """One step: every phase in its turn, with only its own parameters trainable."""
@@ -193,7 +198,8 @@ class Engine:
                 if self.clip_norm is not None or with_norm:
                     self.clip(phase, parameters)
                 phase.optimizer.step()
-                phase.optimizer.zero_grad()
+                for parameter in parameters:  # optimizer.zero_grad() does this too, and costs 20 microseconds more
+                    parameter.grad = None
         self.workload.after_step(step, self.runtime.sum_scalars(steering))
 
     def accumulate(self, loss: PhaseModule, micro_batches: MicroBatches, scope: tuple[object, ...]) -> Scalars:
@@ -224,13 +230,16 @@ class Engine:
         name = "grad_norm" if len(self.phases) == 1 else f"{phase.name}_grad_norm"
         self.meter.add({name: norm.detach()}, 1 / self.runtime.world, first=True)
 
-    def flags(self, clock: _Clock) -> tuple[int, int, int]:
-        """What this rank wants: to stop, to save now, to finish. All stay up until they are seen."""
+    def flags(self, clock: _Clock) -> tuple[int, int, int, int]:
+        """What this rank wants: to stop, to save now, to finish; and its bad samples. All stay up until they are seen."""
         limits = self.limits
-        stop = BAD_DATA if self.loader.faults() > limits.faults else int(bool(self.runtime.signalled))
         save = limits.save_seconds is not None and clock.since_save() > limits.save_seconds
         finish = limits.total_seconds is not None and clock.run_seconds() > limits.total_seconds
-        return stop, int(save), int(finish)
+        return int(bool(self.runtime.signalled)), int(save), int(finish), len(self.loader.faults())
+
+    def bad_data(self) -> bool:
+        """Whether all ranks together have met more bad samples than a run may."""
+        return len({name for found in self.runtime.gather(self.loader.faults()) for name in found}) > self.limits.faults
 
     def log(self, clock: _Clock) -> bool:
         """Record the means since the last log; False where they are not finite."""
@@ -339,7 +348,6 @@ class Engine:
         return Outcome(status, self.state.step, reason, self.metrics, clock.speed(self.samples_per_step), self.totals)
 
 
-BAD_DATA = 2  # as a stop flag: outranks a signal
 _NOTHING = contextlib.nullcontext()
 
 

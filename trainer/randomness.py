@@ -81,21 +81,20 @@ class Draws:
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         generators, mine = self._blocks(name)
-        options = {"device": self.device, "dtype": self.dtype}
-        return torch.cat([torch.randn((BLOCK, *shape), generator=g, **options) for g in generators])[mine]
+        size, device, dtype = (BLOCK, *shape), self.device, self.dtype
+        return torch.cat([torch.randn(size, generator=g, device=device, dtype=dtype) for g in generators])[mine]
 
     def uniform(self, name: str, shape: Sequence[int]) -> Tensor:
         """Uniform in [0, 1)."""
         generators, mine = self._blocks(name)
-        options = {"device": self.device, "dtype": self.dtype}
-        return torch.cat([torch.rand((BLOCK, *shape), generator=g, **options) for g in generators])[mine]
+        size, device, dtype = (BLOCK, *shape), self.device, self.dtype
+        return torch.cat([torch.rand(size, generator=g, device=device, dtype=dtype) for g in generators])[mine]
 
     def integers(self, name: str, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Uniform int64 in 0..high-1."""
         generators, mine = self._blocks(name)
-        return torch.cat([torch.randint(high, (BLOCK, *shape), generator=g, device=self.device) for g in generators])[
-            mine
-        ]
+        size = (BLOCK, *shape)
+        return torch.cat([torch.randint(high, size, generator=g, device=self.device) for g in generators])[mine]
 
     def shared(self, name: str) -> random.Random:
         """A Python generator that is the same on every rank, for a decision about the whole micro-batch."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +19,23 @@ import torch
 from . import pictures, schedule, workloads
 from .checkpoint import CheckpointStore, Damaged, folder
 from .config import (
-    Duration, RunConfig, UserError, WorkloadOptions, config_class, data_root, differences, dump, is_safe, read_yaml,
+    Duration,
+    RunConfig,
+    UserError,
+    WorkloadOptions,
+    config_class,
+    data_root,
+    differences,
+    dump,
+    is_safe,
+    read_yaml,
 )  # fmt: skip
 from .data.loader import BatchLoader
 from .data.plan import BatchPlan
 from .data.sources import DataSet, open_data
 from .engine import Cadence, Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
-from .runtime import Place, Runtime
+from .runtime import Place, Runtime, StopSignals
 from .state import Groups, Mismatch, TrainState
 from .storage import Storage, StorageError
 from .tracker import Console, MetricLog, Silent, Sink, Tracker
@@ -81,6 +92,15 @@ def build_plan(config: RunConfig, samples: int, group: int, world: int) -> Batch
             f"accumulation or the number of ranks"
         )
     return plan
+
+
+def open_run_data(config: RunConfig, root: str | None = None, split: str | None = None) -> DataSet:
+    """The data set of a run; raises UserError."""
+    data = open_data(config.data, root or data_root(config), split or config.evaluate.split)
+    if config.evaluate.samples is None:
+        return data
+    few = min(config.evaluate.samples, data.description.evaluated)
+    return dataclasses.replace(data, description=dataclasses.replace(data.description, evaluated=few))
 
 
 def build_workload(config: RunConfig, data: DataSet) -> Workload:
@@ -167,6 +187,7 @@ class Directory:
     keep: Cadence
     headline: str
     maximise: bool
+    signals: StopSignals
     last: tuple[int, Groups, dict[str, Any]] | None = None
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
@@ -175,12 +196,25 @@ class Directory:
             self.store.save(step, groups, state)
             self.last = None
             self.tracker.committed(step)
-            self.prune()
+            try:
+                self.prune()
+            except StorageError as error:
+                self.tracker.note(f"warning: old checkpoints were not deleted: {error}")
 
         self.store.wait()
         self.report_failure()
+        if self.lease.lost:
+            self.tracker.note(f"warning: another job has taken {self.storage} over: this one saves no more and stops")
+            self.signals.received = self.signals.received or "the loss of its run directory"
+            return
         self.last = (step, groups, state)
         self.store.in_background(work)
+
+    def begin(self, step: int) -> None:
+        """From here on the directory is ours: what earlier lives logged after `step` and how they ended is void."""
+        self.storage.write("config.yaml", dump(self.config).encode())
+        self.storage.delete("outcome.json")
+        self.log.rewind(step)
 
     def prune(self) -> None:
         best = self.best()
@@ -244,11 +278,11 @@ def read_outcome(storage: Storage) -> dict[str, Any]:
 
 def make_sinks(config: RunConfig, name: str, storage: Storage, note: Callable[[str], None]) -> tuple[Sink, ...]:
     w = config.wandb
-    mode = ("online" if logged_in() else "offline") if w.mode == "auto" else w.mode
+    mode = os.environ.get("WANDB_MODE", "auto") if w.mode == "auto" else w.mode
+    mode = ("online" if logged_in() else "offline") if mode not in ("online", "offline", "disabled") else mode
     if mode == "disabled":
         return ()
     where = Path(storage.url.removeprefix("file://")) if storage.local else Path("runs") / name
-    where.mkdir(parents=True, exist_ok=True)
     settings = WandbSettings(
         mode, run_id(storage), name, w.project, w.entity, w.group, w.tags, str(where), config.model_dump(mode="json")
     )
@@ -258,22 +292,27 @@ def make_sinks(config: RunConfig, name: str, storage: Storage, note: Callable[[s
 def train(config: RunConfig, name: str) -> int:
     """Train, or go on training, or say that it is done; returns the exit code. Called by every rank."""
     place = Place.from_environment()
-    problem, data, workload = "", None, None
-    try:
-        data = open_data(config.data, data_root(config), config.evaluate.split)
-        workload = build_workload(config, data)
-        build_plan(config, len(data.train), workload.group, place.world)
-    except UserError as error:
-        problem = str(error)
-    runtime = Runtime(
-        place, device=config.device, precision=config.precision, batch_norm=config.batch_norm, threads=config.threads
-    )
-    with runtime:
-        if problem := next(filter(None, runtime.gather(problem)), ""):
-            raise UserError(problem)
-        assert data is not None
-        assert workload is not None
-        return _train(config, name, runtime, data, workload)
+    with StopSignals() as signals:
+        problem, data, workload = "", None, None
+        try:
+            data = open_run_data(config)
+            workload = build_workload(config, data)
+            build_plan(config, len(data.train), workload.group, place.world)
+        except UserError as error:
+            problem = str(error)
+        with Runtime(
+            place,
+            device=config.device,
+            precision=config.precision,
+            batch_norm=config.batch_norm,
+            threads=config.threads,
+            signals=signals,
+        ) as runtime:
+            if problem := next(filter(None, runtime.gather(problem)), ""):
+                raise UserError(problem)
+            assert data is not None
+            assert workload is not None
+            return _train(config, name, runtime, data, workload)
 
 
 def _train(config: RunConfig, name: str, runtime: Runtime, data: DataSet, workload: Workload) -> int:
@@ -298,7 +337,7 @@ def _train(config: RunConfig, name: str, runtime: Runtime, data: DataSet, worklo
         store = CheckpointStore(storage.at("checkpoints"))
         directory = Directory(
             config, name, storage, store, lease, log, Tracker(log, console), limits.keep, workload.headline,
-            workload.maximise,
+            workload.maximise, runtime.signals,
         )  # fmt: skip
         if store.folders() and storage.exists("config.yaml"):
             stored = load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
@@ -306,8 +345,6 @@ def _train(config: RunConfig, name: str, runtime: Runtime, data: DataSet, worklo
         outcome = read_outcome(storage)
         if outcome.get("status") == "done" and _reached(outcome, limits):
             return outcome
-        storage.write("config.yaml", dump(config).encode())
-        storage.delete("outcome.json")
         return None
 
     try:
@@ -354,7 +391,7 @@ def _resume_and_train(
         assert directory is not None
         found = directory.store.newest(directory.tracker.note)
         step = found.step if found else 0
-        directory.tracker.records = directory.log.rewind(step)
+        directory.tracker.records = directory.log.before(step)
         directory.tracker.sinks = make_sinks(config, name, directory.storage, directory.tracker.note)
         groups = found.groups if found else None
         done = [r for r in directory.tracker.evaluations() if r["step"] == step]
@@ -381,8 +418,9 @@ def _resume_and_train(
         except Mismatch as error:
             raise UserError(f"run.url: {error}: use another run.url") from None
     groups = None
+    agreed(runtime, lambda: directory.begin(state.step) if directory else None)
     if directory:
-        _greet(directory, config, runtime, data, workload, limits, state.step)
+        _greet(directory, runtime, data, workload, state.step)
     outcome = engine.train()
     if outcome.status == "bad_data":
         problems = [p for found in runtime.gather(list(loader.problems)) for p in found]
@@ -391,15 +429,12 @@ def _resume_and_train(
     return _finish(directory, loader, workload, outcome, engine) if directory else _exit_code(outcome)
 
 
-def _greet(
-    directory: Directory, config: RunConfig, runtime: Runtime, data: DataSet, workload: Workload, limits: Limits, step: int
-) -> None:  # fmt: skip
-    note, d = directory.tracker.note, data.description
+def _greet(directory: Directory, runtime: Runtime, data: DataSet, workload: Workload, step: int) -> None:
+    config, note, d = directory.config, directory.tracker.note, data.description
     count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
     what = getattr(config.workload, "network", config.workload.name)
-    note(
-        f"{config.workload.name} {what}: {count:,} parameters; {d.name}: {d.training:,} samples, {d.evaluated:,} held out"
-    )
+    of = f"{d.name}, {d.training:,} samples and {d.evaluated:,} held out"
+    note(f"{config.workload.name} {what}, {count:,} parameters; {of}")
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else str(runtime.device)
     ranks = f"{runtime.world} rank{'s' if runtime.world > 1 else ''} x {torch.get_num_threads()} threads"
     note(f"{ranks} on {device}, {runtime.precision}; batch {config.batch_size}, {config.duration}, seed {config.seed}")
@@ -442,15 +477,23 @@ def _finish(directory: Directory, loader: BatchLoader, workload: Workload, outco
     directory.write_outcome({**result, "reason": unsaved or outcome.reason, "metrics": outcome.metrics,
                              "seconds": engine.state.seconds})  # fmt: skip
     newest = directory.store.steps()[-1:]
-    checkpoint = f"{directory.store.storage}/{folder(newest[0])}" if newest else None
-    tracker.close({**result, "checkpoint": checkpoint}, failed=bool(unsaved) or outcome.status == "non_finite")
+    checkpoint = f"checkpoints/{folder(newest[0])}" if newest else None
+    summary = {**result, "checkpoint": checkpoint and f"{storage}/{checkpoint}"}
+    tracker.close(summary, failed=bool(unsaved) or outcome.status == "non_finite")
+    here = _shown(storage)
     tracker.note(f"{outcome.status} at step {outcome.step}: {unsaved or outcome.reason}")
-    tracker.note(f"  checkpoint  {checkpoint or 'none'}")
-    tracker.note(f"  metrics     {storage}/metrics")
+    tracker.note(f"  checkpoint  {f'{here}/{checkpoint}' if checkpoint else 'none'}")
+    tracker.note(f"  metrics     {here}/metrics")
     if shown:
-        tracker.note(f"  pictures    {storage}/samples: {', '.join(f'{key}.png' for key in shown)}")
+        tracker.note(f"  pictures    {here}/samples/*.png")
     _print_result(result)
     return 1 if unsaved else _exit_code(outcome)
+
+
+def _shown(storage: Storage) -> str:
+    """The URL as a person would type it."""
+    here = f"{Path.cwd()}/"
+    return str(storage).removeprefix(here) if storage.local else str(storage)
 
 
 def _print_result(result: dict[str, Any]) -> None:

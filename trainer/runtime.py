@@ -1,7 +1,7 @@
 """Ranks, device, precision, DDP, collectives and signals: everything that a workload must not know.
 
-A run is a world of processes that were started by torchrun, by srun, or by hand; one process alone is a world of one with
-the same process group. Differences between torch versions are handled here and nowhere else.
+A run is a world of processes that were started by torchrun, by srun, or by hand; one process alone is a world of one
+with the same process group. Differences between torch versions are handled here and nowhere else.
 """
 
 from __future__ import annotations
@@ -105,12 +105,34 @@ def threads_per_rank(place: Place, wanted: int | None, environment: Mapping[str,
     return max(1, cores() // place.local_world)
 
 
+class StopSignals:
+    """Handlers that only set a flag, from the very start on: the ranks agree on it at a step boundary."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":  # a second Ctrl-C means it
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
 class Runtime:
     """The process group and the device of a run. Use as a context manager."""
 
     def __init__(
         self, place: Place, *, device: str = "auto", precision: str = "auto", batch_norm: str = "sync",
-        threads: int | None = None,
+        threads: int | None = None, signals: StopSignals | None = None,
     ) -> None:  # fmt: skip
         from accelerate import PartialState
 
@@ -130,49 +152,43 @@ class Runtime:
         self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
         self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
+        self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
         self._poll: tuple[Tensor, Any] | None = None
-        self.signalled = ""  # the signal that asked this rank to stop
-        self._handlers: dict[signal.Signals, Any] = {}
+        self.signals = signals or StopSignals()
 
     def _connect(self, place: Place, backend: str) -> None:
         if place.world == 1:
-            store: dist.Store = dist.HashStore()
+            store: Any = dist.HashStore()  # type: ignore[attr-defined]
         else:
             listens = place.rank == 0 and not place.agent
             if listens:
                 _check_port(place.port)
             try:
-                tcp = dist.TCPStore(place.address, place.port, place.world, listens, TIMEOUT)
+                tcp = dist.TCPStore(place.address, place.port, place.world, listens, TIMEOUT)  # type: ignore[attr-defined]
             except (dist.DistNetworkError, dist.DistStoreError) as error:
                 raise LaunchError(
                     f"rank {place.rank} cannot reach {place.address}:{place.port}: {str(error).splitlines()[0]}"
                 ) from None
             # In-place restarts under torchrun must not see the keys of the life before: gloo would hang on them.
-            store = dist.PrefixStore(f"trainer/{place.restart}", tcp)
+            store = dist.PrefixStore(f"trainer/{place.restart}", tcp)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
     def __enter__(self) -> Runtime:
-        for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         if kind is None:
             dist.destroy_process_group()
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        """Only set a flag: the ranks agree on it at a step boundary. A second Ctrl-C means it."""
-        if number == signal.SIGINT and self.signalled == "SIGINT":
-            raise KeyboardInterrupt
-        self.signalled = signal.Signals(number).name
+    @property
+    def signalled(self) -> str:
+        """The signal that asked this rank to stop, or ''."""
+        return self.signals.received
 
     # Collectives. Everything that steers control flow goes through these, so that no rank decides alone.
 
     def agree(self, *flags: int) -> list[int]:
-        """The largest of each flag over all ranks, as of the call before: the exchange overlaps with a step.
+        """The sum of each flag over all ranks, as of the call before: the exchange overlaps with a step.
 
         Every rank gets the same answer at the same step; a world of one gets its own at once.
         """
@@ -184,7 +200,7 @@ class Runtime:
             work.wait()
             answer = tensor.tolist()
         tensor = torch.tensor(flags)
-        self._poll = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True))
+        self._poll = (tensor, dist.all_reduce(tensor, group=self._control, async_op=True))
         return answer
 
     def settle(self) -> None:
@@ -195,7 +211,7 @@ class Runtime:
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; poll in every loop, the same number of times on every rank."""
-        return bool(self.agree(int(bool(self.signalled)), 0, 0)[0])
+        return bool(self.agree(int(bool(self.signalled)), 0, 0, 0)[0])
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's plain value on every rank."""
@@ -226,7 +242,7 @@ class Runtime:
         flat = [local.get(name, torch.zeros(shape, dtype=torch.float64)).flatten() for name, shape in shapes.items()]
         summed = torch.cat(flat)
         dist.all_reduce(summed, group=self._control)
-        parts = summed.split([part.numel() for part in flat])
+        parts = torch.split(summed, [part.numel() for part in flat])
         return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def sum_scalars(self, scalars: Scalars) -> Scalars:
@@ -261,7 +277,7 @@ class Runtime:
             convert(workload)
         workload.to(self.device, self.dtype)
         if workload.channels_last if channels_last is None else channels_last:
-            workload.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            workload.to(memory_format=torch.channels_last)
         if compiled:
             for network in workload.children():
                 if any(parameter.requires_grad for parameter in network.parameters()):
@@ -306,7 +322,7 @@ class Runtime:
         loss = PhaseLoss(phase)
         if self.world == 1:
             return loss
-        return DistributedDataParallel(loss, gradient_as_bucket_view=True, **_no_buffer_sync())
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True, **_no_buffer_sync())  # type: ignore[arg-type]
 
     def memory(self) -> int:
         """Peak bytes on the accelerator; 0 on a CPU."""

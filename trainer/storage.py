@@ -7,12 +7,16 @@ on every fsspec backend, so none is used for writing.
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 import tenacity
@@ -23,13 +27,22 @@ _S3 = {
     "use_listings_cache": False,
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2, "mode": "standard"}},
 }
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": _S3,
-    "gs": {"use_listings_cache": False},
-    "gcs": {"use_listings_cache": False},
+# object stores, which have no folders and connect with the first request, and their options
+_OBJECT_STORES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("s3", "s3a"), _S3),
+    **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs", "az", "abfs", "abfss")},
 }
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+_EXTRAS = {
+    **{"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "sftp": "ssh", "ssh": "ssh"},
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+}
+_FINAL = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError,
+    ValueError, TypeError, AttributeError, LookupError, NotImplementedError,
+)  # fmt: skip
 _FINAL_NAMES = {"NoCredentialsError", "ParamValidationError", "ProfileNotFound", "ClientAuthenticationError"}
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+SLOWEST_BYTES_PER_SECOND = 2e6  # a deadline grows by this, or a large file could never be moved
 
 
 class StorageError(Exception):
@@ -42,18 +55,29 @@ class StorageError(Exception):
 
 
 def redact(url: str) -> str:
-    """The URL without user names and passwords."""
+    """The URL without user names, passwords and query (which may hold a signature)."""
     scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    rest, question, _ = rest.partition("?")
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator and "@" in host else url
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if question else ''}"
+
+
+def _secrets(url: str) -> set[str]:
+    """What an error of another library must not repeat from the URL."""
+    rest, _, query = url.partition("://")[2].partition("?")
+    user = rest.partition("/")[0].rpartition("@")[0]
+    password = user.partition(":")[2]
+    return {query, password, unquote(password)} - {""}
 
 
 def _retryable(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _FINAL) and type(error).__name__ not in _FINAL_NAMES
 
 
-def _bounded(call: Callable[[], T], seconds: float) -> T:
-    """Run a call that may hang, in a thread that may be abandoned."""
+def _bounded(call: Callable[[], T], seconds: float, of: float) -> T:
+    """Run a call that may hang, in a thread that may be abandoned; `seconds` are what is left of a deadline."""
     result: list[T] = []
     failure: list[BaseException] = []
 
@@ -67,10 +91,27 @@ def _bounded(call: Callable[[], T], seconds: float) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
+        raise TimeoutError(f"no answer within {of:g} s")
     if failure:
         raise failure[0]
     return result[0]
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link(temporary: Path, target: Path, data: bytes) -> None:
+    """Give a finished file its name, unless that is taken."""
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _write_synced(target, data)  # as exclusive, though a crash right now leaves it truncated
 
 
 class Storage:
@@ -79,116 +120,168 @@ class Storage:
     def __init__(self, url: str, deadline: float = 120.0) -> None:
         self.url = url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
         self.deadline = deadline
-        protocol = self.url.partition("://")[0] if "://" in self.url else "file"
+        protocol, separator, _ = self.url.partition("://")
+        if "://" in url and not separator:
+            raise StorageError(f"{url}: names no folder: give a path as well, such as {protocol}//name/run")
+        protocol = protocol if separator else "file"
         self.local = protocol in ("file", "local")
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
-        except ImportError as error:
-            extra = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "sftp": "ssh", "ssh": "ssh"}.get(protocol, "azure")
-            raise StorageError(
-                f"{redact(url)}: {protocol}:// needs another package: pip install 'trainer[{extra}]' ({error})"
-            ) from None
-        except ValueError as error:
-            raise StorageError(f"{redact(url)}: not a URL that can be used: {error}") from None
         self._in_process = self.local or protocol == "memory"
+        self._object_store = protocol in _OBJECT_STORES
+
+        def connect() -> tuple[Any, str]:
+            return fsspec.core.url_to_fs(self.url, **_OBJECT_STORES.get(protocol, {}))
+
+        try:
+            lazy = self._in_process or self._object_store
+            self._fs, self._root = connect() if lazy else _bounded(connect, deadline, deadline)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            way_out = f": pip install 'trainer[{extra}]'" if extra else ""
+            raise StorageError(f"{self}: {protocol}:// needs another package{way_out} ({error})") from None
+        except ValueError as error:
+            raise StorageError(
+                f"{self}: not a URL that can be used: {self._reason(error)}; "
+                f"use a path, or one of {', '.join(f'{name}://' for name in sorted({*_EXTRAS, 'memory'}))}"
+            ) from None
+        except Exception as error:
+            raise StorageError(f"cannot connect to {self}: {self._reason(error)}") from error
 
     def __str__(self) -> str:
         return redact(self.url)
 
     def at(self, name: str) -> Storage:
-        return Storage(f"{self.url}/{name}", self.deadline)
+        """The folder below, over the same connection."""
+        below = copy.copy(self)
+        below.url, below._root = f"{self.url}/{name}", self._path(name)
+        return below
+
+    def patience(self, size: int) -> float:
+        """Seconds that moving so many bytes may take."""
+        return self.deadline + size / SLOWEST_BYTES_PER_SECOND
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else str(self._root)
 
+    def _reason(self, error: BaseException) -> str:
+        """One line of an error, without the secrets of the URL."""
+        line = " ".join(str(error).split())[:300] or "no reason given"
+        for secret in _secrets(self.url):
+            line = line.replace(secret, "***")
+        return f"{type(error).__name__}: {line}"
+
     def _do(self, verb: str, name: str, call: Callable[[], T], deadline: float | None = None) -> T:
-        deadline = deadline or self.deadline
+        seconds = deadline or self.deadline
+        end = time.monotonic() + seconds
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_retryable),
-            stop=tenacity.stop_after_delay(deadline) if not self._in_process else tenacity.stop_after_attempt(1),
+            stop=tenacity.stop_before_delay(seconds) if not self._in_process else tenacity.stop_after_attempt(1),
             wait=tenacity.wait_random_exponential(0.2, max=10),
             reraise=True,
         )
+
+        def attempt() -> T:
+            return call() if self._in_process else _bounded(call, max(0.0, end - time.monotonic()), seconds)
+
         try:
-            return retrying(call) if self._in_process else retrying(_bounded, call, deadline)
+            return retrying(attempt)
         except Exception as error:
-            what = f"cannot {verb} {redact(self.url)}/{name}".rstrip("/")
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise StorageError(
-                f"{what}: {type(error).__name__}: {reason}",
+                f"cannot {verb} {self.at(name) if name else self}: {self._reason(error)}",
                 missing=isinstance(error, FileNotFoundError),
                 exists=isinstance(error, FileExistsError),
             ) from error
 
-    def read(self, name: str) -> bytes:
-        return self._do("read", name, lambda: bytes(self._fs.cat_file(self._path(name))))
+    def read(self, name: str, *, deadline: float | None = None) -> bytes:
+        return self._do("read", name, lambda: bytes(self._fs.cat_file(self._path(name))), deadline)
 
     def write(self, name: str, data: bytes, *, create: bool = False, deadline: float | None = None) -> None:
         """Write a whole object durably, so that it is there in full or not at all. `create` refuses to overwrite."""
         call = self._write_file if self.local else self._write_object
-        self._do("write", name, lambda: call(self._path(name), data, create), deadline)
+        self._do("write", name, lambda: call(self._path(name), data, create), deadline or self.patience(len(data)))
+
+    def _there(self, path: str) -> bool:
+        """fsspec's own `exists` takes any error for a no on some backends, which would hide every checkpoint."""
+        try:
+            self._fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _write_object(self, path: str, data: bytes, create: bool) -> None:
+        try:
+            self._put(path, data, create)
+        except FileNotFoundError:
+            if self._in_process or self._object_store:
+                raise
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)  # file servers want the folder first
+            self._put(path, data, create)
+
+    def _put(self, path: str, data: bytes, create: bool) -> None:
         if not create:
             self._fs.pipe_file(path, data)
             return
         try:
             self._fs.pipe_file(path, data, mode="create")
         except TypeError:  # a backend without create-only writes
-            if self._fs.exists(path):
+            if self._there(path):
                 raise FileExistsError(path) from None
             self._fs.pipe_file(path, data)
         except OSError as error:  # some S3 servers answer a failed If-None-Match with EINVAL
-            if self._fs.exists(path):
-                raise FileExistsError(path) from error
-            raise
+            if not self._there(path):
+                raise
+            if bytes(self._fs.cat_file(path)) == data:
+                return  # an earlier try was carried out, and only its answer was lost
+            raise FileExistsError(path) from error
 
     @staticmethod
     def _write_file(path: str, data: bytes, create: bool) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        new = [folder for folder in target.parents if not folder.exists()]
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # would read as: the object is there
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(target.parent)) from None
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary, data)
             if create:
-                os.link(temporary, target)
+                _link(temporary, target, data)
             else:
                 temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for folder in (target.parent, *(folder.parent for folder in new)):  # a new folder is an entry in the one above
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def exists(self, name: str) -> bool:
-        return self._do("look for", name, lambda: bool(self._fs.exists(self._path(name))))
+        return self._do("look for", name, lambda: self._there(self._path(name)))
 
     def list(self, name: str = "") -> list[str]:
         """Names of the files and folders directly below, sorted; empty where there is nothing."""
 
         def call() -> list[str]:
             try:
-                found = self._fs.ls(self._path(name), detail=False)
+                found = {str(path).rstrip("/") for path in self._fs.ls(self._path(name), detail=False)}
             except FileNotFoundError:
                 return []
-            return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found} - {""})
+            # some object stores keep a marker for a folder, which shows in its own listing
+            return sorted({path.rpartition("/")[2] for path in found - {self._path(name).rstrip("/")}})
 
         names = self._do("list", name, call)
         return [n for n in names if not n.endswith(".tmp")]
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, deadline: float | None = None) -> None:
         """Delete an object; one that is not there is fine."""
 
         def call() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
 
-        self._do("delete", name, call)
+        self._do("delete", name, call, deadline)
 
     def delete_tree(self, name: str) -> None:
         def call() -> None:

@@ -7,7 +7,11 @@ never there twice. W&B receives a segment when the checkpoint that ends it is co
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import re
 import sys
 import threading
 import time
@@ -21,11 +25,16 @@ from .storage import Storage, StorageError
 Metrics = dict[str, float]
 TIMING = ("samples_per_second", "data_wait", "gpu_memory_bytes")  # what differs between two equal runs
 SHOWN = ("loss", "accuracy")  # ends of the names that the console shows; the log has all of them
+NOT_SHOWN = ("top5_accuracy",)
+WIDTH = 80  # of a line on the console
 UPLOAD_SECONDS = 10.0
 
 
 class Sink(Protocol):
-    """A place that takes committed records, such as W&B. Must never raise and never wait."""
+    """A place that takes committed records, such as W&B. Never raises; only `close` may wait, and not for long."""
+
+    def past(self, records: list[dict[str, Any]]) -> None:
+        """The records of earlier lives of the run, which this place may have or not. Comes first."""
 
     def log(self, records: list[dict[str, Any]]) -> None: ...
     def image(self, step: int, name: str, png: bytes) -> None: ...
@@ -33,91 +42,132 @@ class Sink(Protocol):
 
 
 class MetricLog:
-    """JSON lines in segments below `metrics/`."""
+    """JSON lines in segments below `metrics/`.
+
+    A local segment is written line by line. One that is remote, or whose local file failed, is held in memory and
+    written as a whole by `flush`, until that succeeds.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._segment = 0
         self._lines: list[str] = []
-        self._unsaved: dict[int, list[str]] = {}  # by segment; a local disk has none
+        self._unsaved: dict[int, list[str]] = {}  # by segment
+        self._ended: list[IO[str]] = []  # local files to make durable
         self._file: IO[str] | None = None
         self._written = time.monotonic()
+        self._flushing = threading.Lock()  # of two uploads of one segment, the older must not come last
 
     @staticmethod
     def _name(segment: int) -> str:
         return f"metrics/{segment:08d}.jsonl"
 
     def segments(self) -> list[int]:
-        names = self._storage.list("metrics")
-        return sorted(int(name.partition(".")[0]) for name in names if name.endswith(".jsonl"))
+        found = (re.fullmatch(r"(\d{8,})\.jsonl", name) for name in self._storage.list("metrics"))
+        return sorted(int(match[1]) for match in found if match)
 
     def read(self, segment: int) -> list[dict[str, Any]]:
         """The records of a segment; a torn last line is left out."""
         return read_records(self._storage.read(self._name(segment)))
 
+    def before(self, step: int) -> list[dict[str, Any]]:
+        """What was logged before the checkpoint of a step."""
+        return [record for segment in self.segments() if segment < step for record in self.read(segment)]
+
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Start after `step`: forget what came later and return what came before."""
-        records: list[dict[str, Any]] = []
+        records = self.before(step)
         for segment in self.segments():
             if segment >= step:
                 self._storage.delete(self._name(segment))
-            else:
-                records += self.read(segment)
-        self._open(step)
+        self._segment = step
         return records
 
-    def _open(self, segment: int) -> None:
-        if self._file:
-            self._file.close()
-        self._segment, self._lines, self._file = segment, [], None
-        if self._storage.local:
-            path = Path(self._storage.url.removeprefix("file://")) / self._name(segment)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
-
     def append(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record) + "\n"
-        self._lines.append(line)
-        if self._file:
-            self._file.write(line)
-            self._file.flush()
-        else:
+        """Add a record. Raises OSError where the local disk does not take it; it is kept in memory all the same."""
+        self._lines.append(json.dumps(_finite(record)) + "\n")
+        if not self._storage.local or self._segment in self._unsaved:
             self._unsaved[self._segment] = list(self._lines)
+            return
+        try:
+            if self._file is None:
+                path = Path(self._storage.url.removeprefix("file://")) / self._name(self._segment)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", encoding="utf-8")
+            self._file.write(self._lines[-1])
+            self._file.flush()
+        except OSError:
+            self._unsaved[self._segment] = list(self._lines)
+            if self._file:
+                _close(self._file)
+                self._file = None
+            raise
 
     def cut(self, step: int) -> list[dict[str, Any]]:
         """End the segment at a checkpoint; returns its records."""
-        records = [json.loads(line) for line in self._lines]
-        self._open(step)
+        if step == self._segment:  # nothing was trained since; what comes still belongs here
+            return []
+        records = self.tail()
+        if self._file:
+            self._ended.append(self._file)
+        self._segment, self._lines, self._file = step, [], None
         return records
 
+    def tail(self) -> list[dict[str, Any]]:
+        """The records since the last cut."""
+        return [_parse(line) for line in self._lines]
+
     def due(self) -> bool:
-        """Whether a remote log has waited long enough to be uploaded between checkpoints."""
+        """Whether a log in memory has waited long enough to be written between checkpoints."""
         return bool(self._unsaved) and time.monotonic() - self._written > UPLOAD_SECONDS
 
     def flush(self) -> None:
-        """Upload what a remote log holds back; raises StorageError. Runs in the checkpoint's thread as well."""
-        self._written = time.monotonic()
-        for segment in sorted(self._unsaved):
-            lines = self._unsaved[segment]
-            self._storage.write(self._name(segment), "".join(lines).encode())
-            if self._unsaved.get(segment) is lines:
-                del self._unsaved[segment]
+        """Make durable what was logged; raises StorageError. May run in several threads."""
+        with self._flushing:
+            self._written = time.monotonic()
+            while self._ended:
+                file = self._ended.pop()
+                with contextlib.suppress(OSError):  # not every file system can do it
+                    os.fsync(file.fileno())
+                _close(file)
+            for segment in sorted(self._unsaved):
+                lines = self._unsaved[segment]
+                self._storage.write(self._name(segment), "".join(lines).encode())
+                # Appending replaces the list, so this tells whether something was added meanwhile. A local segment
+                # that is still growing stays here: its file was replaced.
+                if self._unsaved[segment] is lines and not (self._storage.local and segment == self._segment):
+                    del self._unsaved[segment]
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            self._ended.append(self._file)
             self._file = None
         self.flush()
+
+
+def _close(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON can hold it, which knows no nan and no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def _parse(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("not a record")
+    return {name: math.nan if value is None else value for name, value in record.items()}
 
 
 def read_records(data: bytes) -> list[dict[str, Any]]:
     """The records of a segment; a torn last line is left out."""
     records = []
     for line in data.decode(errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):
+            records.append(_parse(line))
     return records
 
 
@@ -134,7 +184,13 @@ def rate_text(value: float) -> str:
 def value_text(name: str, value: float) -> str:
     if name.endswith("accuracy"):
         return f"{value:.1%}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.4e}"
+    return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def shown_text(values: Metrics) -> list[str]:
+    """The values that the console shows, losses before accuracies, each with its name."""
+    names = [name for end in SHOWN for name in values if name.endswith(end) and name not in NOT_SHOWN]
+    return [f"{name} {value_text(name, values[name])}" for name in names]
 
 
 class Console:
@@ -156,15 +212,16 @@ class Console:
         if not self._terminal:
             return
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
-        bar = Progress(
-            BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-            console=RichConsole(file=self._stream), refresh_per_second=8, transient=True,
+        self._bar = Progress(
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            console=RichConsole(file=self._stream), refresh_per_second=8, transient=True, expand=True,
         )  # fmt: skip
-        self._task = bar.add_task("starting", total=self._total, completed=self._step)
-        bar.start()
-        self._bar = bar
+        self._task = self._bar.add_task(self._describe(), total=self._total, completed=step)
+        self._bar.start()
 
     def progress(self, step: int) -> None:
         self._step = step
@@ -172,11 +229,12 @@ class Console:
             self._shown = now
             self._bar.update(self._task, completed=step, description=self._describe())
 
+    def _where(self) -> str:
+        return f"{self._step:>{len(str(self._total))}}/{self._total}" if self._total else str(self._step)
+
     def _describe(self) -> str:
-        of = f"/{self._total}" if self._total else ""
-        values = " ".join(f"{n} {value_text(n, v)}" for n, v in self._latest.items() if n.endswith(SHOWN))
-        rate = rate_text(self._latest["samples_per_second"]) if "samples_per_second" in self._latest else ""
-        return " ".join(filter(None, (f"{self._step}{of}", values, rate)))
+        rate = [rate_text(self._latest["samples_per_second"])] if "samples_per_second" in self._latest else []
+        return _line([self._where(), *shown_text(self._latest), *rate, self._remaining()], WIDTH - 6)
 
     def _remaining(self) -> str:
         done = self._step - self._first
@@ -186,28 +244,37 @@ class Console:
         return f"ETA {duration_text(seconds)}"
 
     def log(self, step: int, kind: str, values: Metrics) -> None:
+        self._step = step
         if kind == "train":
-            self._step = step
             self._latest = values
             if self._terminal:
                 return
-        where = f"step {step}/{self._total}" if self._total else f"step {step}"
-        parts = [where, f"epoch {values['epoch']:.2f}", *(["held out"] if kind == "evaluate" else [])]
-        parts += [f"{n} {value_text(n, values[n])}" for n in values if n.endswith(SHOWN)]
+        parts = [f"step {self._where()}", f"epoch {values['epoch']:.2f}", *shown_text(values)]
         if kind == "train":
             parts += [rate_text(values["samples_per_second"]), self._remaining()]
-        self.note("  ".join(filter(None, parts)))
+        self.note(_line([*parts, *(["held out"] if kind == "evaluate" else [])], WIDTH))
 
     def note(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)  # noqa: T201 - this is the console
+        try:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk behind standard output must not end the run; the metric log has the numbers
+            return
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _line(parts: list[str], width: int) -> str:
+    """The parts in one line, set closer where it would be too long."""
+    line = "  ".join(filter(None, parts))
+    return line if len(line) <= width else " ".join(filter(None, parts))
 
 
 class Silent:
@@ -228,28 +295,28 @@ class Tracker:
     sinks: tuple[Sink, ...] = ()
     records: list[dict[str, Any]] = field(default_factory=list)  # all of the run, for curves and the best checkpoint
     _pending: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    _past: list[dict[str, Any]] | None = None  # what `records` held when this life began to log
     _uploading: threading.Thread | None = None
+    _warned: bool = False
 
     def progress(self, step: int) -> None:
         self.console.progress(step)
 
     def log(self, step: int, kind: str, values: Metrics) -> None:
+        if self._past is None:
+            self._past = list(self.records)
+            for sink in self.sinks:
+                sink.past(self._past)
         record = {"step": step, "kind": kind, **values}
         self.records.append(record)
         try:
             self.log_.append(record)
-        except OSError as error:  # a full disk must not end the run; the next segment starts afresh
+        except OSError as error:  # a full disk must not end the run
             self.note(f"warning: the metric log cannot be written: {error}")
         self.console.log(step, kind, values)
         if self.log_.due() and not (self._uploading and self._uploading.is_alive()):
-            self._uploading = threading.Thread(target=self._upload, daemon=True)
+            self._uploading = threading.Thread(target=self.flush, name="metrics", daemon=True)
             self._uploading.start()
-
-    def _upload(self) -> None:
-        try:
-            self.log_.flush()
-        except StorageError as error:
-            self.note(f"warning: {error}")
 
     def note(self, text: str) -> None:
         self.console.note(text)
@@ -258,8 +325,17 @@ class Tracker:
         self._pending.append((step, self.log_.cut(step)))
 
     def flush(self) -> None:
-        """Make the segments before a checkpoint durable, ahead of its commit."""
-        self.log_.flush()
+        """Make the segments before a checkpoint durable, ahead of its commit.
+
+        What cannot be written is warned of and tried again later: metrics are worth less than the checkpoint.
+        """
+        try:
+            self.log_.flush()
+            self._warned = False
+        except StorageError as error:
+            if not self._warned:
+                self.note(f"warning: the metric log: {error}")
+            self._warned = True
 
     def committed(self, step: int) -> None:
         """Pass on what a committed checkpoint covers: it will not be logged again."""
@@ -278,7 +354,11 @@ class Tracker:
     def best(self, metric: str, maximise: bool, among: Iterable[int] | None = None) -> int | None:
         """The step with the best evaluation."""
         allowed = None if among is None else set(among)
-        found = [r for r in self.evaluations() if metric in r and (allowed is None or r["step"] in allowed)]
+        found = [
+            record
+            for record in self.evaluations()
+            if math.isfinite(record.get(metric, math.nan)) and (allowed is None or record["step"] in allowed)
+        ]
         pick: Callable[..., Any] = max if maximise else min
         return pick(found, key=lambda r: r[metric])["step"] if found else None
 
@@ -288,7 +368,9 @@ class Tracker:
             self._uploading.join(UPLOAD_SECONDS)
         try:
             self.log_.close()
-        except (StorageError, OSError) as error:
-            self.note(f"warning: {error}")
+        except StorageError as error:
+            self.note(f"warning: the metric log: {error}")
         for sink in self.sinks:
+            if summary.get("status") == "done":  # any other run goes on from its checkpoint and logs this again
+                sink.log(self.log_.tail())
             sink.close(summary, failed)

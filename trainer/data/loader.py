@@ -5,55 +5,83 @@ Both give the same batches. `TRAIN` and evaluation share the code; what differs 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config import DataOptions, UserError
 from ..workload import Batch
 from .plan import BatchPlan, share
-from .sources import BadSample, DataSet, Memory, Stored
+from .sources import BadSample, DataSet, Encoded, Memory, Stored, decode
 from .transforms import Augment, Crop, apply_policy
 
+TOGETHER_BYTES = 4 << 20  # of float32 images that the resident path prepares at once
 Sample = tuple[int, int]  # id and visit
 Read = tuple[Tensor, Tensor, Tensor, Tensor, list[str]]  # images, labels, ids, visits, what could not be read
 
 
-class Reader(Dataset[tuple[Tensor, int, int, int, str]]):
+class Reader(Dataset[Any]):
     """Images by (id, visit), as (C, size, size) uint8 after what is done per image. Runs in loader workers."""
 
     def __init__(self, split: Memory | Stored, crop: Crop) -> None:
         self.split, self.crop = split, crop
+        self.inherited: list[Any] = []  # in a worker: what must outlive it
+        self.varies = crop.random or crop.policy != "none"  # whether an image differs from visit to visit
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, int, int, int, str]:
-        """The image, its label, id, visit, and what was wrong; a bad image is replaced by the next good one."""
-        index, visit = sample
+    def __getitems__(self, samples: list[Sample]) -> Read | UserError:
+        """A batch. What a worker raises would reach the user as a traceback, so it is handed over instead."""
+        try:
+            return self.read(samples)
+        except UserError as error:
+            return error
+
+    def read(self, samples: list[Sample]) -> Read:
+        ids, visits = torch.tensor(samples).unbind(1)
+        split = self.split
+        images, sources, problems = [], [], []
+        if isinstance(split, Memory):
+            if not self.varies:
+                return split.images[ids], split.labels[ids], ids, visits, []
+            images = [self._varied(split.images[index], index, visit) for index, visit in samples]
+            return torch.stack(images), split.labels[ids], ids, visits, []
+        for (index, visit), data in zip(samples, split.fetch(ids.tolist()), strict=True):
+            image, source, problem = self._decoded(split, data, index, visit)
+            images.append(image)
+            sources.append(source)
+            problems += [problem] if problem else []
+        return torch.stack(images), split.labels[sources], ids, visits, problems
+
+    def _varied(self, pixels: Tensor, index: int, visit: int) -> Tensor:
+        if not self.crop.random:
+            return apply_policy(self.crop.policy, pixels, self.crop.seed, index, visit)
+        from PIL import Image
+
+        return self.crop(Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()), index, visit)
+
+    def _decoded(self, split: Stored, data: Encoded, index: int, visit: int) -> tuple[Tensor, int, str]:
+        """The image, the sample that it is of, and what was wrong; a bad image is replaced by the next good one."""
         problem, other = "", index
-        for _ in range(1000):
+        for _ in range(min(1000, len(split))):
             try:
-                return self.read(other, visit), int(self.split.labels[other]), index, visit, problem
+                return self.crop(decode(data, split.name(other), split.channels), other, visit), other, problem
             except BadSample as error:
-                problem, other = problem or str(error), (other + 1) % len(self.split)
-        raise RuntimeError(f"1,000 images in a row cannot be read, the first is {problem}")
-
-    def read(self, index: int, visit: int) -> Tensor:
-        if isinstance(self.split, Memory):
-            return apply_policy(self.crop.policy, self.split.images[index], self.crop.seed, index, visit)
-        return self.crop(self.split.image(index), index, visit)
+                problem, other = problem or str(error), (other + 1) % len(split)
+                (data,) = split.fetch([other])
+        raise UserError(f"data.root: no image of many in a row can be read; the first is {problem}")
 
 
-def _collate(samples: list[tuple[Tensor, int, int, int, str]]) -> Read:
-    images, labels, ids, visits, problems = zip(*samples, strict=True)
-    numbers = (torch.tensor(column) for column in (labels, ids, visits))
-    return torch.stack(images), *numbers, [problem for problem in problems if problem]  # type: ignore[return-value]
+def _as_it_is(read: Any) -> Any:
+    return read  # the reader makes whole batches
 
 
 class _Batches(Sampler[list[Sample]]):
@@ -71,6 +99,20 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _keep_inherited_file_systems()
+
+
+def _keep_inherited_file_systems() -> None:
+    """Hold on to the parent's file systems, which fsspec drops in a forked process.
+
+    Dropped, they would close their connections, and so take these out of the epoll set that they share with the
+    parent's event loop: the parent's next request, a checkpoint's for example, would then wait until it times out.
+    """
+    fsspec, worker = sys.modules.get("fsspec"), get_worker_info()
+    if fsspec is not None and worker is not None:
+        kind, reader = fsspec.AbstractFileSystem, worker.dataset
+        assert isinstance(reader, Reader)
+        reader.inherited = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 class BatchLoader:
@@ -83,23 +125,24 @@ class BatchLoader:
         self.data, self.plan, self.options = data, plan, options
         self.rank, self.world, self.device = rank, world, device
         self.batch_size, self.epoch_samples = plan.batch_size, plan.size
-        self.evaluation_samples, self.evaluation_batch = len(data.held_out), evaluation_batch
+        self.evaluation_samples, self.evaluation_batch = data.description.evaluated, evaluation_batch
         size, seed = data.description.size, plan.seed
-        crops = [Crop(options, size, seed, train) for train in (True, False)]
+        crops = [Crop(options, size, seed, train, data.photographs) for train in (True, False)]
         self.readers = [Reader(data.train, crops[0]), Reader(data.held_out, crops[1])]
         self.augments = [
             Augment(options, data.description, seed, train, device, dtype, channels_last) for train in (True, False)
         ]
         self.problems: dict[str, None] = {}  # what could not be read, in the order of discovery
-        small = isinstance(data.train, Memory) and options.policy == "none"
-        if options.resident == "yes" and (options.policy != "none" or (data.photographs and crops[0].random)):
+        if options.policy != "none":
+            import torchvision.transforms.v2  # noqa: F401 - a second here saves one in every worker that is forked
+        if options.resident == "yes" and self.readers[0].varies:
             raise UserError(
                 "data.resident: yes needs images that are the same at every visit: "
                 "set data.resized_crop to false and data.policy to none"
             )
         self.resident = [
             self._load(reader) if options.resident == "yes" or (options.resident == "auto" and small) else None
-            for reader in self.readers
+            for reader, small in ((r, isinstance(r.split, Memory) and not r.varies) for r in self.readers)
         ]
 
     def _load(self, reader: Reader) -> Memory:
@@ -123,45 +166,60 @@ class BatchLoader:
             f"{first}: repair or remove them, or raise data.bad_images"
         )
 
-    def faults(self) -> int:
-        return len(self.problems)
+    def faults(self) -> list[str]:
+        return list(self.problems)
 
     def _stream(self, reader: Reader, batches: Iterable[list[Sample]]) -> Iterator[Read]:
         workers = self.options.workers
         loader: DataLoader[Any] = DataLoader(
-            reader, batch_sampler=_Batches(batches), num_workers=workers, collate_fn=_collate,
+            reader, batch_sampler=_Batches(batches), num_workers=workers, collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda", worker_init_fn=_start_worker,
             prefetch_factor=4 if workers else None,
+            # Python 3.14 would start workers afresh: the data set would be copied, and memory:// be empty in them.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )  # fmt: skip
-        for images, labels, ids, visits, problems in loader:
-            self.problems.update(dict.fromkeys(problems))
-            yield images, labels, ids, visits, problems
+        for read in loader:
+            if isinstance(read, UserError):
+                raise read
+            self.problems.update(dict.fromkeys(read[4]))
+            yield read
 
     def train(self, first: int) -> Iterator[list[tuple[slice, Batch]]]:
         """Global batches from the `first` on, without end: this rank's rows of every micro-batch."""
-        plan = self.plan
+        plan, split = self.plan, self.resident[0]
         rows = [plan.rows(m, self.rank, self.world) for m in range(plan.accumulation)]
-        whole = [m.start for m in plan.micro_batches]
-        cuts = [slice(start + r.start, start + r.stop) for start, r in zip(whole, rows, strict=True)]
-        resident, augment = self.resident[0], self.augments[0]
-        if resident is not None:
-            for k in itertools.count(first):
-                ids, visits = plan.samples(k)
-                yield [(r, self._index(resident, augment, ids[c], visits[c])) for r, c in zip(rows, cuts, strict=True)]
-        ends = list(itertools.accumulate(r.stop - r.start for r in rows))
-        parts = [slice(end - (r.stop - r.start), end) for r, end in zip(rows, ends, strict=True)]
-        for read in self._stream(self.readers[0], self._samples(first, cuts)):
-            batch = self._send(augment, read)
-            yield [(r, {name: value[p] for name, value in batch.items()}) for r, p in zip(rows, parts, strict=True)]
+        sizes = [r.stop - r.start for r in rows]
+        mine = torch.cat(
+            [torch.arange(m.start + r.start, m.start + r.stop) for m, r in zip(plan.micro_batches, rows, strict=True)]
+        )
+        several, wholes = self._resident(split, first, mine) if split is not None else (1, self._streamed(first, mine))
+        for batch in wholes:
+            parts = zip(*(torch.split(value, sizes * several) for value in batch.values()), strict=True)
+            for _ in range(several):
+                yield [(r, dict(zip(batch, next(parts), strict=True))) for r in rows]
 
-    def _samples(self, first: int, cuts: list[slice]) -> Iterator[list[Sample]]:
-        for k in itertools.count(first):
-            ids, visits = (torch.cat([column[c] for c in cuts]).tolist() for column in self.plan.samples(k))
-            yield list(zip(ids, visits, strict=True))
+    def _resident(self, split: Memory, first: int, mine: Tensor) -> tuple[int, Iterator[Batch]]:
+        """Several batches are indexed and augmented at once: of small ones, the calls would cost more than the work."""
+        several = max(1, TOGETHER_BYTES // (4 * len(mine) * split.images[0].numel()))
+
+        def batches() -> Iterator[Batch]:
+            for k in itertools.count(first, several):
+                ids, visits = (column.view(several, -1)[:, mine] for column in self.plan.samples(k, several))
+                yield self._index(split, self.augments[0], ids.flatten(), visits.flatten())
+
+        return several, batches()
+
+    def _streamed(self, first: int, mine: Tensor) -> Iterator[Batch]:
+        samples = (
+            list(zip(*(column[mine].tolist() for column in self.plan.samples(k)), strict=True))
+            for k in itertools.count(first)
+        )
+        return (self._send(self.augments[0], read) for read in self._stream(self.readers[0], samples))
 
     def _index(self, split: Memory, augment: Augment, ids: Tensor, visits: Tensor | None) -> Batch:
         there = ids.to(self.device, non_blocking=True)
-        return {"image": augment(split.images[there], ids, visits), "label": split.labels[there], "id": there}
+        pixels, labels = split.images.index_select(0, there), split.labels.index_select(0, there)
+        return {"image": augment(pixels, ids, visits), "label": labels, "id": there}
 
     def _send(self, augment: Augment, read: Read) -> Batch:
         images, labels, ids, visits, _ = read
@@ -188,8 +246,9 @@ class BatchLoader:
     def pixels(self, ids: Iterable[int]) -> Tensor:
         """Held-out images in [0, 1], (N, C, H, W), as a person would see them."""
         resident, reader = self.resident[1], self.readers[1]
-        images = [resident.images[i].cpu() if resident is not None else reader[i, 0][0] for i in ids]
-        return torch.stack(images).float() / 255
+        if resident is not None:
+            return resident.images[torch.tensor(list(ids), dtype=torch.int64, device=self.device)].cpu().float() / 255
+        return reader.read([(i, 0) for i in ids])[0].float() / 255
 
 
 def _chunks(count: int, length: int) -> Iterator[range]:

@@ -16,10 +16,13 @@ from ..randomness import permutation
 
 
 def share(rows: int, rank: int, world: int, group: int = 1) -> slice:
-    """This rank's rows of `rows`; shares differ by at most one group, and groups of rows stay together."""
-    groups = rows // group
-    bounds = [groups * r // world * group for r in (rank, rank + 1)]
-    return slice(bounds[0], rows if rank == world - 1 else bounds[1])
+    """This rank's rows of `rows`; shares differ by at most one group, and groups of rows stay together.
+
+    What is left over behind the last whole group counts as a group; the last rank has it.
+    """
+    groups = -(-rows // group)
+    first, last = (min(groups * r // world * group, rows) for r in (rank, rank + 1))
+    return slice(first, last)
 
 
 @functools.lru_cache(maxsize=2)
@@ -37,16 +40,14 @@ class BatchPlan:
     accumulation: int = 1
     group: int = 1
 
-    def samples(self, k: int) -> tuple[Tensor, Tensor]:
-        """Sample ids and visit numbers (how often each was seen before), both (batch_size,) int64."""
-        start, stop = k * self.batch_size, (k + 1) * self.batch_size
+    def samples(self, k: int, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Sample ids and visit numbers (how often each was seen before) of batches k to k+count-1, int64."""
+        start, stop = k * self.batch_size, (k + count) * self.batch_size
         ids, visits = [], []
         for epoch in range(start // self.size, (stop - 1) // self.size + 1):
             first, last = max(start - epoch * self.size, 0), min(stop - epoch * self.size, self.size)
             ids.append(_order(self.seed, epoch, self.size)[first:last])
             visits.append(torch.full((last - first,), epoch))
-        if len(ids) == 1:
-            return ids[0], visits[0]
         return torch.cat(ids), torch.cat(visits)
 
     @functools.cached_property

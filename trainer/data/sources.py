@@ -1,13 +1,18 @@
-"""Data sets: where samples come from. Each becomes splits of `Memory` (one uint8 tensor) or of `Stored` (read by id)."""
+"""Data sets: where samples come from. Each becomes splits of `Memory` (a uint8 tensor) or of `Stored` (read by id)."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
+import itertools
 import json
+import re
 import struct
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,13 +45,18 @@ class Memory:
         return len(self.labels)
 
 
+Encoded = bytes | Exception  # an image as it is stored, or why it cannot be had
+
+
 class Stored(Protocol):
-    """A split whose images are read one by one. Instances travel to loader workers, so they open files late."""
+    """A split whose images are read when they are needed, in loader workers, so it opens files late."""
 
     labels: Tensor
+    channels: int
 
     def __len__(self) -> int: ...
-    def image(self, index: int) -> Any: ...  # a PIL image; raises BadSample
+    def name(self, index: int) -> str: ...  # where an image is, for the user
+    def fetch(self, indices: Sequence[int]) -> list[Encoded]: ...  # raises UserError where storage does not answer
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,19 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
         "digits": _digits, "mnist": _idx, "fashion_mnist": _idx, "cifar10": _cifar, "cifar100": _cifar,
         "lsun": _lsun, "imagenet": _imagenet, "folder": _folder, "shards": _shards, "fake": _fake,
     }[options.name]  # fmt: skip
-    data = kind(options, root, split)
+    try:
+        data = kind(options, root, split)
+    except UserError:
+        raise
+    except Exception as error:
+        if "://" not in root:
+            raise
+        raise UserError(f"data.root: {root!r} cannot be read: {_reason(error)}") from error
+    if options.size not in (None, data.description.size):
+        raise UserError(
+            f"data.size: {options.size}: the images of {options.name} have {data.description.size} pixels and are not "
+            f"resized: remove data.size"
+        )
     for name, part in (("train", data.train), (data.split, data.held_out)):
         if not len(part):
             raise UserError(f"data.name: {options.name}: the {name} split in {root!r} is empty: check data.root")
@@ -74,6 +96,21 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
 def _describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
               train: Memory | Stored, held_out: Memory | Stored) -> Description:  # fmt: skip
     return Description(name, len(mean), size, tuple(classes), tuple(mean), tuple(std), len(train), len(held_out))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _local(options: DataOptions, root: str) -> Path:
+    """The root of a data set that only a local folder can hold."""
+    if "://" in root:
+        raise UserError(
+            f"data.root: {options.name} is read from a local folder, not from {root!r}: "
+            f"copy it and set data.root or TRAINER_DATA to the folder"
+        )
+    return Path(root).expanduser()
 
 
 def _choose(wanted: str, available: Sequence[str], name: str) -> str:
@@ -118,7 +155,7 @@ def _idx(options: DataOptions, root: str, split: str) -> DataSet:
             0.2860, 0.3530,
         ),
     }[options.name]  # fmt: skip
-    raw = Path(root).expanduser() / folder / "raw"
+    raw = _local(options, root) / folder / "raw"
     stems = [f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
     def missing() -> list[str]:
@@ -126,33 +163,35 @@ def _idx(options: DataOptions, root: str, split: str) -> DataSet:
 
     if missing():
         _download(options, root, folder, lambda: not missing(), [f"{folder}/raw/{s}[.gz]" for s in missing()])
-    parts = {"train": ("train", 60000), "test": ("t10k", 10000)}
     splits = {}
-    for name, (part, _) in parts.items():
+    for name, part in (("train", "train"), ("test", "t10k")):
         images = _read_idx(raw / f"{part}-images-idx3-ubyte", 3)[:, None]
         labels = _read_idx(raw / f"{part}-labels-idx1-ubyte", 1).long()
         if len(images) != len(labels):
             raise UserError(f"data.root: {raw}: {len(images)} {part} images but {len(labels)} labels: unpack it again")
+        if len(labels) and int(labels.max()) >= len(classes):
+            raise UserError(f"data.root: {raw}: {part} has label {int(labels.max())}, but labels end at 9")
         splits[name] = Memory(images, labels)
     return _in_memory(options, split, splits, classes, [mean], [std])
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:
     """The unsigned bytes of an IDX file, packed or not."""
-    packed = path.with_name(path.name + ".gz")
+    packed = not path.exists()
+    path = path.with_name(path.name + ".gz") if packed else path
     try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
         magic, *shape = struct.unpack(f">{axes + 1}I", data[: 4 * axes + 4])
         if magic != 0x0800 + axes or len(data) != 4 * axes + 4 + int(np.prod(shape)):
             raise ValueError("not an IDX file of this kind, or cut short")
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise UserError(f"data.root: {path}: {error}: delete it and fetch it again") from None
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 * axes + 4).reshape(shape).copy())
 
 
 def _download(options: DataOptions, root: str, kind: str, done: Callable[[], bool], files: Sequence[str]) -> None:
     """Fetch through torchvision, once per node, under a lock; else say which files to put where."""
-    where = Path(root).expanduser()
+    where = _local(options, root)
     needs = f"data.root: {options.name} is not in {str(where)!r}"
     way_out = f"put {', '.join(files)} there, or set data.root or TRAINER_DATA to where they are"
     if not options.download:
@@ -166,8 +205,7 @@ def _download(options: DataOptions, root: str, kind: str, done: Callable[[], boo
                 for train in (True, False):
                     getattr(torchvision.datasets, kind)(str(where), train=train, download=True)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{needs} and cannot be downloaded ({reason}): {way_out}") from None
+        raise UserError(f"{needs} and cannot be downloaded ({_reason(error)}): {way_out}") from None
 
 
 def _cifar(options: DataOptions, root: str, split: str) -> DataSet:
@@ -177,24 +215,26 @@ def _cifar(options: DataOptions, root: str, split: str) -> DataSet:
         "cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python"),
     }[options.name]  # fmt: skip
     dataset = getattr(torchvision.datasets, kind)
-    where = Path(root).expanduser()
+    where = _local(options, root)
+    found: dict[str, Any] = {}
 
-    def read(train: bool) -> Any:
-        return dataset(str(where), train=train, download=False)  # checks the MD5 of every file before unpickling it
-
-    def done() -> bool:
+    def read() -> bool:
+        """Checks the MD5 of every file before unpickling it; False where one is missing or is not the original."""
         try:
-            return bool(read(True) and read(False))
+            found.update((name, dataset(str(where), train=name == "train")) for name in ("train", "test"))
         except RuntimeError:
             return False
+        return True
 
-    if not done():
-        _download(options, root, kind, done, [f"{folder}/"])
-    splits, classes = {}, []
-    for name, train in (("train", True), ("test", False)):
-        found = read(train)
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        splits[name], classes = Memory(images, torch.tensor(found.targets)), found.classes
+    if not read():
+        _download(options, root, kind, read, [f"the original {folder}/"])
+        if not found and not read():
+            raise UserError(f"data.root: {where / folder} is damaged: delete it and fetch it again")
+    splits = {
+        name: Memory(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for name, part in found.items()
+    }
+    classes = found["train"].classes
     mean, std = {
         "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
         "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
@@ -219,18 +259,21 @@ def _fake(options: DataOptions, root: str, split: str) -> DataSet:
     return _in_memory(options, split, splits, names, [0.5] * channels, [0.25] * channels)
 
 
-def decode(data: bytes, name: str, channels: int) -> Any:
-    """A PIL image in grey or colour; raises BadSample."""
+def decode(data: Encoded, name: str, channels: int) -> Any:
+    """A PIL image in grey or colour; raises BadSample with the same words each time, so that it is counted once."""
     from PIL import Image
 
+    if isinstance(data, Exception):
+        raise BadSample(f"{name}: {_reason(data)}")
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        if image.mode.startswith("I;16"):  # PIL would cut all that is above 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # PIL raises whatever its many formats raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSample(f"{name}: {reason.replace('<_io.BytesIO object', '<image')}") from None
+        raise BadSample(f"{name}: {re.sub('<_io.BytesIO object at .*>', 'of it', _reason(error))}") from None
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -243,39 +286,70 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fs, str(path).rstrip("/")
 
 
-class Files:
-    """Images in files of any fsspec URL."""
+Place = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
+PAUSES = (0.5, 2.0, 8.0)  # seconds between attempts to read from a network, on top of what the backend tries itself
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # no attempt would change these
 
-    def __init__(self, url: str, paths: Sequence[str], labels: Sequence[int], channels: int) -> None:
-        self.url, self.paths, self.channels = url, list(paths), channels
+
+class Files:
+    """Images in files of any fsspec URL, or in byte ranges of files."""
+
+    def __init__(self, url: str, places: Sequence[Place], labels: Sequence[int], channels: int) -> None:
+        self.url, self.places, self.channels = url, list(places), channels
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.places)
 
-    def image(self, index: int) -> Any:
-        path = self.paths[index]
-        try:
-            if "://" not in self.url:
-                data = Path(path).read_bytes()
-            else:  # fsspec keeps one file system per process, so that workers open their own
-                data = _filesystem(self.url)[0].cat_file(path)
-        except OSError as error:
-            raise BadSample(f"{path}: {error}") from None
-        return decode(data, path, self.channels)
+    def name(self, index: int) -> str:
+        path, start, _ = self.places[index]
+        return path if start is None else f"{path} at byte {start}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+        places = [self.places[index] for index in indices]
+        return _read_remote(self.url, places) if "://" in self.url else [_read_local(*place) for place in places]
+
+
+def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - a third of the time of a Path, and called for every image
+            file.seek(start or 0)
+            return file.read(-1 if end is None else end - (start or 0))
+    except OSError as error:
+        return error
+
+
+def _read_remote(url: str, places: Sequence[Place]) -> list[Encoded]:
+    """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
+    # Asked for anew each time: an asynchronous file system does not survive a fork, and fsspec keeps one per process.
+    fs, _ = _filesystem(url)
+    found: dict[int, Encoded] = {}
+    wanted = list(range(len(places)))
+    for pause in (*PAUSES, None):
+        paths, starts, ends = (list(column) for column in zip(*(places[i] for i in wanted), strict=True))
+        found.update(zip(wanted, fs.cat_ranges(paths, starts, ends, on_error="return"), strict=True))
+        wanted = [i for i in wanted if isinstance(found[i], Exception) and not isinstance(found[i], _FINAL)]
+        if not wanted:
+            break
+        if pause is None:
+            reason = _reason(found[wanted[0]])  # type: ignore[arg-type]
+            raise UserError(f"data.root: {url!r} does not answer: {places[wanted[0]][0]}: {reason}")
+        time.sleep(pause)
+    return [found[i] for i in range(len(places))]
 
 
 def _folder(options: DataOptions, root: str, split: str) -> DataSet:
-    """train/CLASS/*.jpg and val/ or test/ likewise."""
+    """train/CLASS/*.jpg and val/ or test/ likewise; names that begin with a dot are no part of it."""
     fs, base = _filesystem(root)
+    fs.invalidate_cache()  # what another process has written since
 
     def names(path: str) -> list[str]:
         try:
-            return sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
-        except FileNotFoundError:
+            found = sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        except NotADirectoryError:
-            return []
+        # An object store may list the folder itself.
+        return [p for p in found if p != path and not p.rpartition("/")[2].startswith(".")]
 
     splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
     if "train" not in splits:
@@ -300,7 +374,7 @@ def _folder(options: DataOptions, root: str, split: str) -> DataSet:
                 raise UserError(f"data.root: the class folder {path} has no images ({', '.join(SUFFIXES)})")
             paths += images
             labels += [classes.index(label)] * len(images)
-        found[name] = Files(root, paths, labels, options.channels)
+        found[name] = Files(root, [(path, None, None) for path in paths], labels, options.channels)
     return _photographs(options, classes, found["train"], found[held_out], held_out)
 
 
@@ -312,7 +386,7 @@ def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, he
 
 def _imagenet(options: DataOptions, root: str, split: str) -> DataSet:
     """An image folder; torchvision unpacks the original archives where only those are there."""
-    where = Path(root).expanduser() / "imagenet"
+    where = _local(options, root) / "imagenet"
     archives = ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]
     if not (where / "train").is_dir() or not (where / "val").is_dir():
         if not all((where / archive).exists() for archive in archives):
@@ -322,51 +396,62 @@ def _imagenet(options: DataOptions, root: str, split: str) -> DataSet:
             )
         import torchvision
 
-        with FileLock(where / ".lock"):
-            for part in ("train", "val"):
-                torchvision.datasets.ImageNet(str(where), split=part)
+        try:
+            with FileLock(where / ".lock"):
+                for part in ("train", "val"):
+                    torchvision.datasets.ImageNet(str(where), split=part)
+        except (OSError, RuntimeError, tarfile.TarError) as error:
+            raise UserError(f"data.root: imagenet in {str(where)!r} cannot be unpacked: {_reason(error)}") from None
     return _folder(options, str(where), split)
 
 
 class Lmdb:
-    """LSUN's databases: images by key, one database per class."""
+    """LSUN's databases: images by key, one database per class.
+
+    None is kept open: LMDB's handles do not survive a fork, and a process may open a database only once.
+    """
 
     def __init__(self, folders: Sequence[Path], channels: int) -> None:
         self.folders, self.channels = list(folders), channels
-        self._open: dict[int, Any] = {}
-        keys = [self._keys(label) for label in range(len(folders))]
-        self.entries = [(label, key) for label, found in enumerate(keys) for key in found]
+        self.entries: list[tuple[int, bytes]] = []
+        for label in range(len(folders)):
+            with self._database(label) as transaction:
+                self.entries += [(label, key) for key in transaction.cursor().iternext(keys=True, values=False)]
         self.labels = torch.tensor([label for label, _ in self.entries], dtype=torch.int64)
-        self._open = {}
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+    @contextlib.contextmanager
+    def _database(self, label: int) -> Iterator[Any]:
+        try:
+            import lmdb
+        except ImportError:
+            raise UserError("data.name: lsun needs another package: pip install 'trainer[lsun]'") from None
+        folder = str(self.folders[label])
+        try:
+            environment = lmdb.open(folder, readonly=True, lock=False, readahead=False, meminit=False)
+        except lmdb.Error as error:
+            raise UserError(f"data.root: lsun: {folder} is not a database: {error}: unpack it again") from None
+        with environment, environment.begin() as transaction:
+            yield transaction
 
-    def _transaction(self, label: int) -> Any:
-        if label not in self._open:
-            try:
-                import lmdb
-            except ImportError:
-                raise UserError("data.name: lsun needs another package: pip install 'trainer[lsun]'") from None
-            environment = lmdb.open(str(self.folders[label]), readonly=True, lock=False, readahead=False, meminit=False)
-            self._open[label] = environment.begin()
-        return self._open[label]
-
-    def _keys(self, label: int) -> list[bytes]:
-        return list(self._transaction(label).cursor().iternext(keys=True, values=False))
-
-    def image(self, index: int) -> Any:
+    def name(self, index: int) -> str:
         label, key = self.entries[index]
-        name = f"{self.folders[label]}:{key.decode(errors='replace')}"
-        return decode(self._transaction(label).get(key), name, self.channels)
+        return f"{self.folders[label]}:{key.decode(errors='replace')}"
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+        found: dict[int, Encoded] = {}
+        by_label = sorted(set(indices), key=lambda index: self.entries[index][0])
+        for label, group in itertools.groupby(by_label, key=lambda index: self.entries[index][0]):
+            with self._database(label) as transaction:
+                found.update((index, transaction.get(self.entries[index][1])) for index in group)
+        return [found[index] for index in indices]
 
 
 def _lsun(options: DataOptions, root: str, split: str) -> DataSet:
     """Every CATEGORY_train_lmdb in <root>/lsun is a class; CATEGORY_val_lmdb is held out."""
-    where = Path(root).expanduser() / "lsun"
+    where = _local(options, root) / "lsun"
     classes = sorted(p.name.removesuffix("_train_lmdb") for p in where.glob("*_train_lmdb")) if where.is_dir() else []
     if not classes:
         raise UserError(
@@ -382,66 +467,60 @@ def _lsun(options: DataOptions, root: str, split: str) -> DataSet:
     return _photographs(options, classes, parts["train"], parts[held_out], held_out)
 
 
-class Shards:
-    """Tar files in the WebDataset layout (KEY.jpg and KEY.cls next to each other), read by byte range.
-
-    An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly.
-    """
-
-    def __init__(self, url: str, index: Sequence[tuple[str, int, int, int]], channels: int) -> None:
-        self.url, self.index, self.channels = url, list(index), channels
-        self.labels = torch.tensor([label for _, _, _, label in index], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def image(self, index: int) -> Any:
-        path, start, length, _ = self.index[index]
-        name = f"{path} at byte {start}"
-        try:
-            data = _filesystem(self.url)[0].cat_file(path, start=start, end=start + length)
-        except OSError as error:
-            raise BadSample(f"{name}: {error}") from None
-        return decode(data, name, self.channels)
-
-
-def _index_shard(fs: Any, path: str) -> list[tuple[str, int, int, int]]:
-    """(path, offset, length, label) of the images of a shard, from `PATH.index.json` or by reading the tar headers."""
+def _index_shard(fs: Any, path: str) -> list[tuple[int, int, int]]:
+    """(offset, length, label) of the images of a shard, from `PATH.index.json` or by reading the tar headers."""
     try:
-        return [(path, *entry) for entry in json.loads(fs.cat_file(f"{path}.index.json"))]
-    except (OSError, ValueError, TypeError):
+        entries = json.loads(fs.cat_file(f"{path}.index.json"))
+        return [(int(offset), int(length), int(label)) for offset, length, label in entries]
+    except FileNotFoundError:
         pass
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"data.root: {path}.index.json: no list of [offset, length, label]: {_reason(error)}: repair or delete it"
+        ) from None
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
         with fs.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, _, suffix = member.name.partition(".")
+                folder, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
                 if f".{suffix.lower()}" in SUFFIXES:
-                    images[key] = (member.offset_data, member.size)
+                    images[f"{folder}/{key}"] = (member.offset_data, member.size)
                 elif suffix == "cls":
                     content = tar.extractfile(member)
-                    labels[key] = int(content.read()) if content else -1
+                    labels[f"{folder}/{key}"] = int(content.read()) if content else -1
+            file.seek(tar.offset)  # tarfile takes a damaged header, and a cut between two files, for the end
+            if (end := file.read(512)) != bytes(512):
+                raise ValueError(f"{'damaged' if end else 'cut short'} at byte {tar.offset}")
     except (tarfile.TarError, ValueError) as error:
         raise UserError(f"data.root: {path}: not a shard of KEY.jpg and KEY.cls: {error}") from None
     if unlabelled := sorted(set(images) - set(labels)):
-        raise UserError(f"data.root: {path}: {unlabelled[0]} has an image and no .cls")
-    return [(path, *images[key], labels[key]) for key in images]
+        raise UserError(f"data.root: {path}: {unlabelled[0].strip('/')} has an image and no .cls")
+    return [(*images[key], labels[key]) for key in images]
 
 
 def _shards(options: DataOptions, root: str, split: str) -> DataSet:
-    """<root>/train/*.tar and val/ or test/ likewise; class names from <root>/classes.txt where there is one."""
+    """Tar files in the WebDataset layout (KEY.jpg and KEY.cls next to each other) in <root>/train and val/ or test/.
+
+    An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly. Class names come
+    from <root>/classes.txt where there is one.
+    """
     fs, base = _filesystem(root)
+    fs.invalidate_cache()
     tars: dict[str, list[str]] = {}
     for name in ("train", "val", "test"):
         tars[name] = sorted(str(p) for p in fs.glob(f"{base}/{name}/*.tar"))
     if not tars["train"]:
         raise UserError(f"data.root: no train/*.tar in {root!r}: shards are train/*.tar and val/*.tar or test/*.tar")
     held_out = _choose(split, [n for n, paths in tars.items() if paths], f"the shards in {root!r}")
-    parts = {
-        name: Shards(root, [entry for path in tars[name] for entry in _index_shard(fs, path)], options.channels)
-        for name in dict.fromkeys(("train", held_out))
-    }
+    parts = {}
+    for name in dict.fromkeys(("train", held_out)):
+        entries = [(path, *entry) for path in tars[name] for entry in _index_shard(fs, path)]
+        if wrong := [path for path, _, _, label in entries if label < 0]:
+            raise UserError(f"data.root: {wrong[0]}: has a label below 0")
+        places = [(path, offset, offset + length) for path, offset, length, _ in entries]
+        parts[name] = Files(root, places, [label for *_, label in entries], options.channels)
     count = max((int(part.labels.max()) + 1 for part in parts.values() if len(part)), default=0)
     classes = [str(i) for i in range(count)]
     if fs.exists(f"{base}/classes.txt"):

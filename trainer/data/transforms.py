@@ -21,9 +21,9 @@ from ..workload import Description
 class Crop:
     """A PIL image of any size to (C, size, size) uint8: cropped at random in training, in the centre otherwise."""
 
-    def __init__(self, options: DataOptions, size: int, seed: int, train: bool) -> None:
+    def __init__(self, options: DataOptions, size: int, seed: int, train: bool, photographs: bool) -> None:
         self.size, self.seed, self.policy = size, seed, options.policy if train else "none"
-        self.random = train and options.resized_crop is not False
+        self.random = train and (photographs if options.resized_crop is None else options.resized_crop)
 
     def __call__(self, image: Any, index: int, visit: int) -> Tensor:
         from PIL import Image
@@ -109,7 +109,7 @@ def _pad_crop(images: Tensor, pad: int, chances: Tensor) -> Tensor:
 
 
 def _erase(images: Tensor, probability: float, chances: Tensor) -> Tensor:
-    """Grey boxes of 2 to 33 % of the area in an aspect ratio of 0.3 to 3.3, cut off at the edges."""
+    """Grey boxes of 2 to 33 % of the area in an aspect ratio of 0.3 to 3.3, cut off at the edges; in place."""
     height, width = images.shape[2:]
     area = (0.02 + 0.31 * chances[:, 1]) * height * width
     ratio = torch.exp((2 * chances[:, 2] - 1) * math.log(3.3))
@@ -119,4 +119,4 @@ def _erase(images: Tensor, probability: float, chances: Tensor) -> Tensor:
     inside_y = (y - chances[:, 3, None] * height).abs() < half_h[:, None]
     inside_x = (x - chances[:, 4, None] * width).abs() < half_w[:, None]
     mask = (chances[:, 0] < probability)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
-    return images.masked_fill(mask[:, None], 0)
+    return images.masked_fill_(mask[:, None], 0)  # out of place it would forget channels_last

@@ -19,14 +19,16 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):  # type: ignore[no-untyped-def,override]
-        axes, shape = _axes(x)
+    def forward(ctx, x, weight, bias, eps):  # type: ignore[no-untyped-def]
+        shape = _channels(x)
         wide = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, axes, correction=0)
+        # Not torch.var_mean, which takes eight times as long over the axes of channels_last images on a CPU.
+        _, mean, inverse = torch.native_batch_norm(wide, None, None, None, None, True, 0.0, eps)
+        variance = (inverse.pow(-2) - eps).clamp_min(0)
         rows = mean.new_zeros(dist.get_world_size(), 2 * len(mean) + 1)
         rows[dist.get_rank()] = torch.cat([mean, variance, mean.new_tensor([x.numel() / len(mean)])])
         dist.all_reduce(rows)  # each rank fills its own row: a gather that every backend has
-        means, variances, counts = rows.split([len(mean), len(mean), 1], dim=1)
+        means, variances, counts = torch.split(rows, [len(mean), len(mean), 1], dim=1)
         count = counts.sum()
         mean = (means * counts).sum(0) / count
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
@@ -34,31 +36,35 @@ class _Normalise(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         out = torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, inverse, count)
+        ctx.save_for_backward(x, weight, mean, variance, inverse, count)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
         return out, mean, variance, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def,override]
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        axes, shape = _axes(x)
-        grad, centred = grad.to(mean.dtype), x.to(mean.dtype) - mean.view(shape)
-        grad_sum, grad_dot = grad.sum(axes), (grad * centred).sum(axes)
-        sums = torch.cat([grad_sum, grad_dot])
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        x, weight, mean, variance, inverse, count = ctx.saved_tensors
+        shape = _channels(x)
+        grad, wide = grad.to(mean.dtype), x.to(mean.dtype)
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, wide, None, mean, variance, None, None, False, ctx.eps, [False, True, True]
+        )
+        sums = torch.cat([grad_bias, grad_weight])
         dist.all_reduce(sums)
         sums /= count
         scale = inverse if weight is None else inverse * weight
-        offset, slope = sums.split(len(mean))
-        slope = (slope * inverse.square()).view(shape)
-        grad_x = (grad - offset.view(shape)).addcmul_(centred, slope, value=-1) * scale.view(shape)
-        affine = (None, None) if weight is None else (grad_dot * inverse, grad_sum)
+        offset, slope = torch.split(sums, len(mean))
+        slope = scale * inverse * slope
+        offset = scale * offset - slope * mean
+        grad_x = torch.addcmul(-offset.view(shape), wide, -slope.view(shape)).addcmul_(grad, scale.view(shape))
+        affine = (None, None) if weight is None else (grad_weight, grad_bias)
         return grad_x.to(x.dtype), *affine, None
 
 
-def _axes(x: Tensor) -> tuple[list[int], list[int]]:
-    """All axes but the channels', and the shape that lines a channel vector up with `x`."""
-    return [axis for axis in range(x.dim()) if axis != 1], [1, x.shape[1]] + [1] * (x.dim() - 2)
+def _channels(x: Tensor) -> list[int]:
+    """The shape that lines a channel vector up with `x`."""
+    return [1, x.shape[1]] + [1] * (x.dim() - 2)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

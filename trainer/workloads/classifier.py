@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,14 @@ LARGEST_MATRIX = 100  # classes
 
 class Options(WorkloadOptions):
     name: Literal["classifier"] = "classifier"
+    """What is trained: the name of a file in trainer/workloads."""
     network: str = "cnn"
     """softmax, fnn, cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101,
     resnet152, or torchvision:NAME for any classification model of torchvision."""
     hidden: int = Field(500, ge=1)
     """Width of the fnn's hidden layer."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes (Szegedy et al. 2016); 0 is off."""
     mixup: float = Field(0.0, ge=0)
     """Alpha of mixup (Zhang et al. 2018); 0 is off."""
     cutmix: float = Field(0.0, ge=0)
@@ -49,9 +52,10 @@ class Options(WorkloadOptions):
         if network.startswith("torchvision:"):
             import torchvision
 
-            names = torchvision.models.list_models(module=torchvision.models)
-            if network.partition(":")[2] not in names:
-                raise ValueError(f"torchvision's classification models are: {', '.join(names)}")
+            name, names = network.partition(":")[2], torchvision.models.list_models(module=torchvision.models)
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 3) or names
+                raise ValueError(f"torchvision has no such classification model; it has: {', '.join(near)}")
         return network
 
 
@@ -84,8 +88,7 @@ class Classifier(Workload):
             else:
                 logits = self.network(images)
                 loss = self.cross_entropy(logits, labels)
-        with torch.no_grad():
-            accuracy = (logits.argmax(1) == labels).to(loss.dtype).mean()
+        accuracy = (logits.detach().argmax(1) == labels).to(loss.dtype).mean()
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -147,7 +150,8 @@ class Classifier(Workload):
         return metrics
 
     def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor]) -> dict[str, Picture]:
-        names, found = self.data.classes, {}
+        names = self.data.classes
+        found: dict[str, Picture] = {}
         label, prediction = totals["label"].long(), totals["prediction"].long()
         if len(names) <= LARGEST_MATRIX:
             counts = torch.bincount(label * len(names) + prediction, minlength=len(names) ** 2)
@@ -219,18 +223,26 @@ def _torchvision(name: str, adapt: bool, data: Description, classes: int) -> nn.
     """torchvision's model, untrained; the adapted ones get a stem for small images where the images are small."""
     from torchvision.models import get_model
 
-    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = get_model(name, weights=None, num_classes=classes, **extra)
+    extra: dict[str, object] = {}
+    if name in ("googlenet", "inception_v3"):
+        extra = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):  # its position embeddings are made for one size
+        extra = {"image_size": data.size}
+    try:
+        model: nn.Module = get_model(name, weights=None, num_classes=classes, **extra)
+    except AssertionError as error:
+        raise _unfit(name, data, error) from None
     small = adapt and data.size <= SMALL
+    features = cast(nn.Sequential, getattr(model, "features", None))
     if small and name.startswith("resnet"):  # as for CIFAR-10 in He et al. 2016
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     elif small and name.startswith("vgg"):
-        pools = [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)]  # type: ignore[arg-type]
+        pools = [i for i, m in enumerate(features) if isinstance(m, nn.MaxPool2d)]
         for index in pools[: max(0, 5 - (data.size.bit_length() - 1))]:  # 16 pixels stand only four halvings
-            model.features[index] = nn.Identity()  # type: ignore[index,operator]
-        for convolution in model.features.modules():  # type: ignore[operator,union-attr]
+            features[index] = nn.Identity()
+        for convolution in features.modules():
             if isinstance(convolution, nn.Conv2d):
                 convolution.bias = None  # as in _cnn
         model.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -238,21 +250,48 @@ def _torchvision(name: str, adapt: bool, data: Description, classes: int) -> nn.
         nn.init.normal_(model.classifier.weight, 0, 0.01)
         nn.init.zeros_(model.classifier.bias)
     elif small and name == "alexnet":
-        model.features[0] = nn.Conv2d(3, 64, 5, padding=2)  # type: ignore[index,operator]
+        features[0] = nn.Conv2d(3, 64, 5, padding=2)
         if data.size < 24:
-            model.features[2] = nn.Identity()  # type: ignore[index,operator]
+            features[2] = nn.Identity()
     if data.channels != 3:
         _replace_first_convolution(model, data.channels)
+    if not adapt:
+        _try(model, name, data)
     return model
 
 
+def _unfit(name: str, data: Description, reason: Exception) -> ValueError:
+    return ValueError(
+        f"workload.network: torchvision:{name} does not take images of {data.size} pixels "
+        f"({str(reason).splitlines()[0].rstrip('. ')}): use images of another size or another network"
+    )
+
+
+@torch.no_grad()
+def _try(model: nn.Module, name: str, data: Description) -> None:
+    """Find out whether the images are large enough, by shapes alone; raises ValueError."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
+    model.eval()
+    try:
+        torch.func.functional_call(model, shapes, torch.empty(2, *data.shape, device="meta"))
+    except (RuntimeError, AssertionError) as error:
+        raise _unfit(name, data, error) from None
+    finally:
+        model.train()
+
+
 def _replace_first_convolution(model: nn.Module, channels: int) -> None:
+    def pair(value: Any) -> Any:  # torch types these as tuples of any length
+        return value
+
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             parent, _, name = path.rpartition(".")
             fresh = nn.Conv2d(
-                channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
+                channels, module.out_channels, pair(module.kernel_size), pair(module.stride), pair(module.padding),
+                pair(module.dilation),
                 bias=module.bias is not None,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )  # fmt: skip
             setattr(model.get_submodule(parent), name, fresh)
             return

@@ -1,0 +1,106 @@
+"""Our trainer as a contender: the real engine, loader, tracker and log, run a block of steps at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from trainer import run
+from trainer.config import RunConfig
+from trainer.data.sources import open_data
+from trainer.engine import Engine
+from trainer.runtime import Place, Runtime
+from trainer.state import TrainState
+from trainer.storage import Storage
+from trainer.tracker import Console, MetricLog, Silent, Tracker
+
+from .common import Cost
+
+WARM = 3  # steps at the beginning of a block that do not count: the loader and the caches come back
+_ALWAYS = {"duration": "1000000 steps", "seed": 0, "threads": 1, "device": "cpu", "log": {"every": "50 steps"}}
+
+
+class Stopwatch:
+    """The engine's tracker, with a look at the clocks after the steps that begin and end a block."""
+
+    def __init__(self, tracker: Tracker | Silent) -> None:
+        self.log, self.note, self.cut, self._progress = tracker.log, tracker.note, tracker.cut, tracker.progress
+        self.first = self.last = 0
+        self._began = self._ended = (0.0, 0.0)
+
+    def progress(self, step: int) -> None:
+        self._progress(step)
+        if step == self.first:
+            self._began = time.perf_counter(), time.process_time()
+        elif step == self.last:
+            self._ended = time.perf_counter(), time.process_time()
+
+    def cost(self) -> Cost:
+        wall, cpu = (end - begin for begin, end in zip(self._began, self._ended, strict=True))
+        return Cost(wall / (self.last - self.first), cpu / (self.last - self.first))
+
+
+@dataclasses.dataclass
+class Ours:
+    engine: Engine
+    stopwatch: Stopwatch
+    config: RunConfig
+    tracker: Tracker | Silent
+
+    def block(self, steps: int) -> Cost:
+        """The cost of that many steps of `Engine.train`, after a few that do not count."""
+        engine, watch = self.engine, self.stopwatch
+        watch.first = engine.state.step + WARM
+        watch.last = watch.first + steps
+        engine.limits = dataclasses.replace(engine.limits, total_steps=watch.last)
+        engine.evaluated = watch.last  # the evaluation that ends a run is no part of the loop
+        outcome = engine.train()
+        if outcome.status != "done":
+            raise KeyboardInterrupt(outcome.reason)
+        return watch.cost()
+
+
+@contextlib.contextmanager
+def ours(data: str, network: str, settings: Mapping[str, Any], **options: Any) -> Iterator[Ours]:
+    """The trainer on Fashion-MNIST, put together as `python -m trainer` does, without checkpoints and evaluation.
+
+    `options` are further ones of the workload.
+    """
+    values = {**_ALWAYS, **settings, "data": {"name": "fashion_mnist", "root": data},
+              "workload": {"name": "classifier", "network": network, **options}}  # fmt: skip
+    config = run.load_config(yaml.safe_dump(values), "benchmark")
+    place = Place.from_environment()
+    fashion = open_data(config.data, data, config.evaluate.split)
+    workload = run.build_workload(config, fashion)
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
+        Runtime(place, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
+    ):
+        runtime.prepare(workload, config.channels_last, config.compile)
+        plan = run.build_plan(config, len(fashion.train), workload.group, runtime.world)
+        limits = run.build_limits(config, plan.batch_size, plan.size)
+        never = dataclasses.replace(limits.evaluate, period=None)
+        log = MetricLog(Storage(folder))
+        log.rewind(0)
+        tracker = Tracker(log, Console(limits.total_steps, io.StringIO())) if runtime.main else Silent()
+        stopwatch = Stopwatch(tracker)
+        engine = Engine(
+            runtime=runtime,
+            state=TrainState(workload),
+            loader=run.build_loader(config, fashion, workload, plan, runtime),
+            tracker=stopwatch,
+            saver=run.SilentSaver(),
+            limits=dataclasses.replace(limits, evaluate=never, save=never),
+            schedule=run.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
+            seed=config.seed,
+            clip_norm=config.optimizer.clip_norm,
+        )
+        yield Ours(engine, stopwatch, config, tracker)
+        log.close()

@@ -1,0 +1,216 @@
+"""The engine with a workload that a classifier is not: two networks, critic steps, a lazy phase, steering, dropout."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.data.plan import BatchPlan, share
+from trainer.engine import Cadence, Engine, Limits, MicroBatches
+from trainer.nn.drop import Dropout, drawing
+from trainer.nn.norm import SyncBatchNorm
+from trainer.randomness import Draws
+from trainer.runtime import Runtime
+from trainer.schedule import constant
+from trainer.state import Groups, TrainState
+from trainer.tracker import Silent
+from trainer.workload import Batch, Phase, Scalars, Totals, Workload
+
+from .workers import on_ranks
+
+SAMPLES, BATCH = 40, 14
+
+
+class ToyGan(Workload):
+    """A critic with a gradient penalty and three steps, a generator with BatchNorm and dropout, a third network that
+    trains on every fourth step, and a controller that follows the global mean of the critic's output."""
+
+    steering = ("real",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(
+            nn.Linear(4, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), Dropout(0.3, "g"), nn.Linear(16, 2)
+        )
+        self.critic = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.third = nn.Linear(2, 1)
+        self.register_buffer("controller", torch.zeros(()))
+        self.phases = (
+            Phase("critic", self.critic_loss, torch.optim.Adam(self.critic.parameters(), 1e-2, (0.0, 0.9)), times=3),
+            Phase("generator", self.generator_loss, torch.optim.Adam(self.generator.parameters(), 1e-2, (0.0, 0.9))),
+            Phase("lazy", self.lazy_loss, torch.optim.SGD(self.third.parameters(), 1e-2, 0.9), every=4),
+        )
+
+    def fakes(self, draws: Draws) -> Tensor:
+        with drawing(self.generator, draws):
+            return self.generator(draws.normal("z", (4,)))
+
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        real, fake = batch["image"].flatten(1), self.fakes(draws).detach()
+        between = torch.lerp(real, fake, draws.uniform("mix", (1,))).requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
+        penalty = (slope.norm(dim=1) - 1).square().mean()
+        score = self.critic(real).mean()
+        loss = self.critic(fake).mean() - score + 10 * penalty + self.controller * penalty
+        return loss, {"critic_loss": loss.detach(), "real": score.detach()}
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        assert not next(self.critic.parameters()).requires_grad, "the generator's phase must not train the critic"
+        loss = -self.critic(self.fakes(draws)).mean()
+        return loss, {"generator_loss": loss.detach()}
+
+    def lazy_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        points = batch["image"].flatten(1)
+        loss = (self.third(points) - self.critic(points)).square().mean()
+        return loss, {"lazy_loss": loss.detach()}
+
+    def after_step(self, step: int, means: Scalars) -> None:
+        assert isinstance(self.controller, Tensor)
+        self.controller.lerp_(means["real"], 0.1)
+
+    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
+        return {"score": self.critic(batch["image"].flatten(1)).sum()}
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        return {"loss": float(totals["score"]) / SAMPLES}
+
+
+class ToyLoader:
+    batch_size, epoch_samples, evaluation_samples = BATCH, SAMPLES, SAMPLES
+
+    def __init__(self, runtime: Runtime, accumulation: int = 1) -> None:
+        self.plan, self.runtime = BatchPlan(0, SAMPLES, BATCH, accumulation), runtime
+        self.points = torch.randn(SAMPLES, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def train(self, first: int) -> Iterator[MicroBatches]:
+        for k in itertools.count(first):
+            ids, _ = self.plan.samples(k)
+            found = []
+            for m, whole in enumerate(self.plan.micro_batches):
+                rows = self.plan.rows(m, self.runtime.rank, self.runtime.world)
+                mine = ids[whole][rows]
+                found.append((rows, {"image": self.points[mine], "id": mine}))
+            yield found
+
+    def evaluate(self) -> Iterator[tuple[slice, Batch]]:
+        rows = share(SAMPLES, self.runtime.rank, self.runtime.world)
+        yield rows, {"image": self.points[rows], "id": torch.arange(SAMPLES)[rows]}
+
+    def faults(self) -> list[str]:
+        return []
+
+
+class Keep:
+    """A saver that keeps the last checkpoint."""
+
+    def save(self, step: int, groups: Groups, state: dict[str, object]) -> None:
+        self.last = (groups, state)
+
+
+def make(runtime: Runtime, steps: int, accumulation: int = 1) -> tuple[Engine, Keep]:
+    torch.manual_seed(0)
+    workload, saver = ToyGan(), Keep()
+    runtime.prepare(workload, None, False)
+    never = Cadence(None)
+    limits = Limits(steps, None, Cadence(Fraction(3)), never, never, None, never)
+    loader = ToyLoader(runtime, accumulation)
+    return Engine(runtime, TrainState(workload), loader, Silent(), saver, limits, constant, seed=5), saver
+
+
+def weights_after(runtime: Runtime, steps: int, cut: int = 0, accumulation: int = 1) -> dict[str, Tensor]:
+    """Train; with `cut`, stop there, throw everything away, restore what was saved and go on."""
+    engine, saver = make(runtime, cut or steps, accumulation)
+    assert engine.train().status == "done"
+    if cut:
+        kept = runtime.broadcast_groups(saver.last[0] if runtime.main else None)
+        state = saver.last[1]
+        engine, saver = make(runtime, steps, accumulation)
+        engine.restore(kept, state)
+        assert engine.state.step == cut
+        engine.train()
+    return {name: value.clone() for name, value in engine.workload.state_dict().items()}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(
+        float((a[n].double() - b[n].double()).abs().max() / a[n].double().abs().max().clamp(min=1e-9)) for n in a
+    )
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_adversarial_pair_is_the_same_on_any_number_of_ranks(world: int, accumulation: int) -> None:
+    (alone,) = on_ranks(1, weights_after, 20, 0, accumulation)
+    several = on_ranks(world, weights_after, 20, 0, accumulation)
+    for weights in several:
+        assert difference(alone, weights) < 1e-9
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_adversarial_pair_goes_on_bit_for_bit(world: int) -> None:
+    """Step 10 lies within a lazy interval and within a log interval."""
+    whole, resumed = (on_ranks(world, weights_after, 20, cut) for cut in (0, 10))
+    for a, b in zip(whole, resumed, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def norm_gradients(runtime: Runtime, sizes: tuple[int, ...], axes: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output and input gradient of this rank's rows, and the norm's own state, gradients summed over ranks."""
+    shape = (sum(sizes), 5, 4, 3)[: 2 + axes]
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 100  # far from zero: cancellation would show
+    wanted = torch.randn(shape, generator=generator, dtype=torch.float64)
+    start = sum(sizes[: runtime.rank])
+    rows = slice(0, sum(sizes)) if runtime.world == 1 else slice(start, start + sizes[runtime.rank])
+    kind = SyncBatchNorm if runtime.world > 1 else (nn.BatchNorm1d if axes == 0 else nn.BatchNorm2d)
+    norm = kind(5).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(5) + 0.5)
+    mine = x[rows].requires_grad_(True)
+    out = norm(mine)
+    F.mse_loss(out, wanted[rows], reduction="sum").backward()
+    assert mine.grad is not None
+    state = {name: value.clone() for name, value in norm.named_buffers()}
+    gradients = {name: p.grad.clone() for name, p in norm.named_parameters() if p.grad is not None}
+    return out.detach(), mine.grad, {**state, **runtime.total(gradients)}
+
+
+@pytest.mark.parametrize("axes", [0, 2])
+@pytest.mark.parametrize("sizes", [(6, 6), (7, 2, 3)])
+def test_batch_norm_over_ranks_is_batch_norm_over_the_global_batch(sizes: tuple[int, ...], axes: int) -> None:
+    ((out, grad, state),) = on_ranks(1, norm_gradients, sizes, axes)
+    several = on_ranks(len(sizes), norm_gradients, sizes, axes)
+    torch.testing.assert_close(torch.cat([part[0] for part in several]), out, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat([part[1] for part in several]), grad, rtol=1e-9, atol=1e-9)
+    for _, _, found in several:
+        for name, value in state.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_an_epoch_that_is_no_whole_number_of_steps_has_its_boundaries_in_the_right_steps() -> None:
+    epoch = Cadence(Fraction(1198, 32))  # 37.4375 steps
+    due = [step for step in range(1, 200) if epoch.due(step)]
+    assert due == [38, 75, 113, 150, 188]
+    assert not Cadence(None).due(5)
+    assert not epoch.due(0)
+
+
+def collectives(runtime: Runtime) -> tuple[object, ...]:
+    totals = runtime.total({"a": torch.tensor(runtime.rank + 1)} if runtime.rank else {})
+    flags = [runtime.agree(int(runtime.rank == 1), 0, 0, 0)[0] for _ in range(3)]
+    runtime.settle()
+    return totals, flags, runtime.gather(runtime.rank), runtime.broadcast("from 0" if runtime.main else None)
+
+
+def test_collectives_agree_and_a_rank_without_rows_takes_part() -> None:
+    for totals, flags, gathered, word in on_ranks(3, collectives):
+        assert totals["a"] == 5
+        assert flags == [0, 1, 1]  # the answer is one call late, and the same everywhere
+        assert gathered == [0, 1, 2]
+        assert word == "from 0"

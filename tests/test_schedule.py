@@ -1,0 +1,130 @@
+"""Learning-rate schedules are pure functions of the step, and weight decay spares norms and biases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from trainer.config import OptimizerOptions
+from trainer.nn import optim
+from trainer.schedule import build
+
+
+def test_constant_is_one_for_ever() -> None:
+    schedule = build("constant", total=0, warmup=0, every=1, gamma=0.1, final=0.0)
+    assert [schedule(step) for step in (0, 1, 10**6)] == [1.0, 1.0, 1.0]
+
+
+def test_a_warm_up_rises_linearly_and_reaches_the_peak_right_after_it() -> None:
+    schedule = build("constant", total=0, warmup=4, every=1, gamma=0.1, final=0.0)
+    assert [schedule(step) for step in range(6)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+
+
+def test_steps_multiply_by_gamma_and_are_counted_from_the_end_of_the_warm_up() -> None:
+    schedule = build("step", total=0, warmup=0, every=10, gamma=0.5, final=0.0)
+    assert [schedule(step) for step in (0, 9, 10, 19, 20, 35)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.125]
+    late = build("step", total=0, warmup=3, every=10, gamma=0.5, final=0.0)
+    assert [late(step) for step in (0, 3, 12, 13)] == [0.25, 1.0, 1.0, 0.5]
+
+
+def test_cosine_falls_from_one_to_its_final_share_and_stays_there() -> None:
+    schedule = build("cosine", total=100, warmup=0, every=1, gamma=0.1, final=0.1)
+    assert schedule(0) == 1.0
+    assert schedule(50) == pytest.approx(0.55, abs=1e-15)
+    assert schedule(25) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, abs=1e-15)
+    assert schedule(100) == schedule(1000) == 0.1
+
+
+def test_cosine_after_a_warm_up_still_ends_with_the_run() -> None:
+    schedule = build("cosine", total=100, warmup=20, every=1, gamma=0.1, final=0.0)
+    assert schedule(0) == 1 / 21
+    assert schedule(19) == 20 / 21
+    assert schedule(20) == 1.0
+    assert schedule(60) == pytest.approx(0.5, abs=1e-15)
+    assert schedule(100) == 0.0
+
+
+def test_one_cycle_rises_for_three_tenths_of_the_run_unless_a_warm_up_is_given() -> None:
+    schedule = build("one_cycle", total=100, warmup=0, every=1, gamma=0.1, final=0.01)
+    assert schedule(0) == 1 / 31
+    assert schedule(29) == 30 / 31
+    assert schedule(30) == 1.0
+    assert schedule(65) == pytest.approx(0.505, abs=1e-15)
+    assert schedule(100) == 0.01
+    assert build("one_cycle", total=100, warmup=10, every=1, gamma=0.1, final=0.0)(10) == 1.0
+
+
+def test_a_warm_up_as_long_as_the_run_divides_by_nothing() -> None:
+    for name in ("cosine", "one_cycle"):
+        schedule = build(name, total=5, warmup=5, every=1, gamma=0.1, final=0.0)
+        assert [schedule(step) for step in range(5)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
+        assert build(name, total=1, warmup=0, every=1, gamma=0.1, final=0.0)(0) == 1.0
+
+
+@given(
+    st.sampled_from(["constant", "step", "cosine", "one_cycle"]), st.integers(1, 10**5), st.integers(0, 10**5),
+    st.integers(1, 10**4), st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 10**6),
+)  # fmt: skip
+def test_every_factor_lies_between_zero_and_one_and_depends_on_the_step_alone(
+    name: str, total: int, warmup: int, every: int, gamma: float, final: float, step: int
+) -> None:
+    first, second = (build(name, total, warmup, every, gamma, final) for _ in range(2))
+    assert 0.0 <= first(step) <= 1.0 + 1e-12
+    second(step + 1)  # asking for another step first changes nothing
+    assert second(step) == first(step)
+
+
+# Optimizers
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_weight_decay_spares_norms_and_biases(name: str) -> None:
+    net = network()
+    names = {parameter: key for key, parameter in net.named_parameters()}
+    optimizer = optim.build(OptimizerOptions.model_validate({"name": name, "weight_decay": 0.25}), net)
+    groups = {group["weight_decay"]: [names[p] for p in group["params"]] for group in optimizer.param_groups}
+    assert groups == {0.25: ["0.weight", "3.weight"], 0.0: ["0.bias", "1.weight", "1.bias", "3.bias"]}
+
+
+def test_without_weight_decay_there_is_one_group_of_all_that_is_trained() -> None:
+    net = network()
+    net[0].requires_grad_(False)  # type: ignore[index]
+    optimizer = optim.build(OptimizerOptions(), net)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4]
+    assert all(group["weight_decay"] == 0.0 for group in optimizer.param_groups)
+
+
+def test_each_optimizer_gets_its_settings() -> None:
+    sgd = optim.build(OptimizerOptions(name="sgd", lr=0.5, momentum=0.9, nesterov=True), network())
+    assert type(sgd) is torch.optim.SGD
+    assert {key: sgd.defaults[key] for key in ("lr", "momentum", "nesterov")} == {
+        "lr": 0.5, "momentum": 0.9, "nesterov": True,
+    }  # fmt: skip
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        options = OptimizerOptions.model_validate({"name": name, "lr": 0.5, "betas": (0.5, 0.75), "eps": 0.1})
+        built = optim.build(options, network())
+        assert type(built) is kind
+        assert {key: built.defaults[key] for key in ("lr", "betas", "eps")} == {
+            "lr": 0.5, "betas": (0.5, 0.75), "eps": 0.1,
+        }  # fmt: skip
+
+
+def test_adamw_decays_the_weights_by_lr_times_decay_and_nothing_else() -> None:
+    net = network()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = optim.build(OptimizerOptions(name="adamw", lr=0.5, weight_decay=0.25), net)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        factor = 1 - 0.5 * 0.25 if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
