@@ -1,7 +1,7 @@
 """The plain PyTorch program that ours is compared with: as tutorials write it, and complete.
 
 A DataLoader over torchvision's dataset with ToTensor, an optimizer with its defaults, the running accuracy and the loss
-by `.item()` in every step, as ours logs them. `python benchmarks/plain.py DATA NETWORK STEPS` also evaluates at the end.
+by `.item()` in every step, as ours logs them. Run as a program, with DATA NETWORK STEPS, it also evaluates at the end.
 """
 
 from __future__ import annotations

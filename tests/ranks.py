@@ -15,9 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "trainer.commands", "trainer.workloads.classifier", "accelerate", "sklearn.datasets"]
-)
+_context.set_forkserver_preload([
+    "torch", "torch._dynamo", "trainer.commands", "trainer.doctor", "trainer.workloads.classifier", "accelerate",
+    "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image", "s3fs",
+])  # fmt: skip
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import signal
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_a_stop_during_evaluation_saves_and_evaluates_again_later(tmp_path: Path
 
 
 def test_the_same_command_says_that_the_run_is_done_and_a_longer_one_goes_on(tmp_path: Path) -> None:
-    short = ["--duration", "10 steps", "--run.url", "run", "--log.every", "5 steps"]
+    short = shlex.split("--duration '10 steps' --log.every '5 steps' --schedule.name constant --run.url run")
     first = run(short, tmp_path).splitlines()[-1]
     again = run(short, tmp_path)
     assert "is done" in again
@@ -131,16 +132,10 @@ def test_the_same_command_says_that_the_run_is_done_and_a_longer_one_goes_on(tmp
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path: Path) -> None:
-    arguments = [
-        "--duration",
-        "40 steps",
-        "--checkpoint.every",
-        "10 steps",
-        "--log.every",
-        "5 steps",
-        "--run.url",
-        "run",
-    ]
+    arguments = shlex.split(
+        "--duration '40 steps' --checkpoint.every '10 steps' --log.every '5 steps' --evaluate.every '10 steps' "
+        "--schedule.name constant --run.url run"
+    )
     (tmp_path / "alone").mkdir()
     run(arguments, tmp_path / "alone")
     run([*arguments, "--duration", "30 steps"], tmp_path)
@@ -153,21 +148,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     assert "at step 20" in output
     alone = tmp_path / "alone" / "run"
     assert largest_difference(final_tensors(alone), final_tensors(tmp_path / "run")) == 0
-    # The evaluation at the end of the shorter run is not part of the longer one.
     assert records(tmp_path / "run") == records(alone)
 
 
 def test_time_limits_and_timed_checkpoints_work_on_two_ranks(tmp_path: Path) -> None:
-    arguments = [
-        "--duration",
-        "3 seconds",
-        "--checkpoint.every",
-        "1 second",
-        "--checkpoint.keep",
-        "9",
-        "--run.url",
-        "run",
-    ]
+    arguments = shlex.split(
+        "--duration '3 seconds' --checkpoint.every '1 second' --checkpoint.keep 9 --schedule.name constant "
+        "--run.url run"
+    )
     run(arguments, tmp_path, 2)
     assert outcome(tmp_path / "run")["status"] == "done"
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) >= 2
@@ -176,8 +164,10 @@ def test_time_limits_and_timed_checkpoints_work_on_two_ranks(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(world: int, tmp_path: Path) -> None:
-    arguments = ["--optimizer.name", "sgd", "--optimizer.lr", "1e30", "--duration", "200 steps",
-                 "--log.every", "5 steps", "--checkpoint.every", "20 steps", "--run.url", "run", "--workload.network", "fnn"]  # fmt: skip
+    arguments = shlex.split(
+        "--workload.network fnn --optimizer.name sgd --optimizer.lr 1e30 --duration '200 steps' --log.every '5 steps' "
+        "--checkpoint.every '20 steps' --run.url run"
+    )
     text = run(arguments, tmp_path, world, code=1)
     assert "the loss is not a finite number" in text
     assert outcome(tmp_path / "run")["status"] == "non_finite"

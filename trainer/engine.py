@@ -231,7 +231,7 @@ class Engine:
         self.meter.add({name: norm.detach()}, 1 / self.runtime.world, first=True)
 
     def flags(self, clock: _Clock) -> tuple[int, int, int, int]:
-        """What this rank wants: to stop, to save now, to finish; and its bad samples. All stay up until they are seen."""
+        """What this rank wants: to stop, to save now, to finish; and its bad samples. All stay up until seen."""
         limits = self.limits
         save = limits.save_seconds is not None and clock.since_save() > limits.save_seconds
         finish = limits.total_seconds is not None and clock.run_seconds() > limits.total_seconds
