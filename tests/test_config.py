@@ -19,18 +19,8 @@ from hypothesis import strategies as st
 
 from trainer import run as runs
 from trainer.__main__ import COMMANDS, main
-from trainer.config import (
-    Duration,
-    RunConfig,
-    UserError,
-    build,
-    config_class,
-    data_root,
-    differences,
-    dump,
-    is_safe,
-    read_yaml,
-)
+from trainer.config import Duration, RunConfig, UserError, data_root, differences, dump, is_safe
+from trainer.settings import build, config_class, read_yaml
 
 MODEL = runs.model_for("classifier")
 

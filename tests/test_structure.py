@@ -13,6 +13,7 @@ import trainer
 ROOT = Path(trainer.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "settings": {"config"},
     "storage": set(),
     "schedule": set(),
     "randomness": set(),

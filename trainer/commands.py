@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from . import run as runs
 from .checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
 from .config import DataOptions as Data
-from .config import RunConfig, UserError, build, config_class, dump, read_file, takes_no_value
+from .config import RunConfig, UserError, dump
 from .data.sources import SUFFIXES, BadSample, DataSet, decode
 from .data.transforms import Augment, Crop
 from .engine import Engine
 from .runtime import Place, Runtime
+from .settings import build, config_class, read_file, takes_no_value
 from .state import TrainState, load_weights
 from .storage import Storage, StorageError
 from .tracker import Console as TrackerConsole

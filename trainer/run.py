@@ -18,24 +18,14 @@ import torch
 
 from . import pictures, schedule, workloads
 from .checkpoint import CheckpointStore, Damaged, folder
-from .config import (
-    Duration,
-    RunConfig,
-    UserError,
-    WorkloadOptions,
-    config_class,
-    data_root,
-    differences,
-    dump,
-    is_safe,
-    read_yaml,
-)  # fmt: skip
+from .config import Duration, RunConfig, UserError, WorkloadOptions, data_root, differences, dump, is_safe
 from .data.loader import BatchLoader
 from .data.plan import BatchPlan
 from .data.sources import DataSet, open_data
 from .engine import Cadence, Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
 from .runtime import Place, Runtime, StopSignals
+from .settings import config_class, read_yaml
 from .state import Groups, Mismatch, TrainState
 from .storage import Storage, StorageError
 from .tracker import Console, MetricLog, Silent, Sink, Tracker
