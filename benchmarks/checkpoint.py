@@ -71,7 +71,17 @@ class Saves:
         assert isinstance(run.tracker, Tracker)
         tracker = Tracker(MetricLog(storage), run.tracker.console)
         directory = runs.Directory(
-            run.config, "benchmark", storage, store, Lease(storage), tracker.log_, tracker, never, "accuracy", True
+            run.config,
+            "benchmark",
+            storage,
+            store,
+            Lease(storage),
+            tracker.log_,
+            tracker,
+            never,
+            "accuracy",
+            True,
+            runs.StopSignals(),
         )
         self.run, self.store, self.directory = run, store, directory
         self.blocked: list[float] = []  # seconds

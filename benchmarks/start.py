@@ -8,6 +8,7 @@ its pictures; the largest of all that is its memory. Timed from outside, by the 
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def live(command: Sequence[str]) -> Life:
         assert process.stdout is not None
         first = 0.0
         for line in process.stdout:
-            if not first and line.startswith("step 1"):
+            if not first and re.match(r"step +1\b", line):
                 first = time.perf_counter() - began
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -146,6 +146,7 @@ class Engine:
         self.samples_per_step = self.reads * self.loader.batch_size
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
         self.meter = Meter()
+        self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.saved = -1
         self.totals: Totals = {}
 
@@ -159,7 +160,8 @@ class Engine:
         while True:
             if limits.evaluate.due(state.step) and self.evaluated != state.step and not self.evaluate(clock):
                 return self.leave("preempted", clock)
-            stop, save, finish, faults = runtime.agree(*self.flags(clock))
+            due = state.step % self.poll_every == 0
+            stop, save, finish, faults = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
             if stop or finish or state.step == limits.total_steps:
                 break
             if faults > limits.faults and self.bad_data():
@@ -244,8 +246,11 @@ class Engine:
     def log(self, clock: _Clock) -> bool:
         """Record the means since the last log; False where they are not finite."""
         step = self.state.step
-        means = self.meter.means(self.runtime)
         timings = clock.interval(step, self.samples_per_step)
+        means = self.meter.means(self.runtime)
+        if self.runtime.world > 1:
+            seconds = self.runtime.broadcast(self.samples_per_step / timings["samples_per_second"])
+            self.poll_every = max(1, int(POLL_SECONDS / seconds))
         epoch_samples = self.loader.epoch_samples
         values = {
             "epoch": step * self.samples_per_step / epoch_samples, **means,
@@ -348,6 +353,7 @@ class Engine:
         return Outcome(status, self.state.step, reason, self.metrics, clock.speed(self.samples_per_step), self.totals)
 
 
+POLL_SECONDS = 0.1  # how often the ranks ask each other whether to stop: small enough for any grace period
 _NOTHING = contextlib.nullcontext()
 
 
