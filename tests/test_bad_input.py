@@ -324,3 +324,8 @@ def test_commands_on_what_is_no_run(tmp_path: Path, trained: Path) -> None:
     assert refused(["checkpoints", "prune", there, "--keep", "0"], tmp_path, 1) == (
         "--keep: 0 would delete every checkpoint: keep 1 or more"
     )
+
+
+def test_a_warm_up_that_is_longer_than_the_run(tmp_path: Path) -> None:
+    text = run(["--schedule.warmup", "10 epochs", "--duration", "2 epochs"], tmp_path, code=2)
+    assert text == "error: schedule.warmup: '10 epochs' is not shorter than the run, '2 epochs': shorten the warm-up\n"

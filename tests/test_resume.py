@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 
 from .ranks import Ranks, run, start, wait_for
@@ -172,3 +173,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(world: int, t
     assert "the loss is not a finite number" in text
     assert outcome(tmp_path / "run")["status"] == "non_finite"
     assert not list((tmp_path / "run").glob("checkpoints/*/MANIFEST.json"))
+
+
+def test_a_run_on_s3_is_killed_and_resumed_bit_for_bit(tmp_path: Path, s3_server: dict[str, str]) -> None:
+    arguments = shlex.split("--duration '120 steps' --checkpoint.every '15 steps' --log.every '5 steps'")
+    (tmp_path / "alone").mkdir()
+    run([*arguments, "--run.url", "run"], tmp_path / "alone", 2)
+    url = "s3://warm-up/resumed"
+    ranks = start([*arguments, "--run.url", url], tmp_path, 2, s3_server)
+    bucket = s3fs.S3FileSystem(
+        key=s3_server["AWS_ACCESS_KEY_ID"], secret=s3_server["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=s3_server["AWS_ENDPOINT_URL"], use_listings_cache=False,
+    )  # fmt: skip
+    assert wait_for(lambda: bucket.exists(f"{url}/checkpoints/step-00000030/MANIFEST.json"), ranks)
+    ranks.kill(0)
+    ranks.wait(40)
+    assert "resuming" in run([*arguments, "--run.url", url], tmp_path, 2, s3_server)
+    bucket.get(url, str(tmp_path / "run"), recursive=True)
+    alone = tmp_path / "alone" / "run"
+    assert largest_difference(final_tensors(alone), final_tensors(tmp_path / "run")) == 0
+    assert records(tmp_path / "run") == records(alone)
+    assert outcome(tmp_path / "run")["status"] == "done"

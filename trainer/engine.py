@@ -142,8 +142,7 @@ class Engine:
         self.phases = [(phase, self.runtime.ddp(phase), phase.parameters) for phase in self.workload.phases]
         owned = [id(parameter) for _, _, parameters in self.phases for parameter in parameters]
         assert len(owned) == len(set(owned)), "two phases train one parameter: DDP would reduce its gradient twice"
-        self.reads = max(phase.times for phase in self.workload.phases)
-        self.samples_per_step = self.reads * self.loader.batch_size
+        self.samples_per_step = self.workload.reads * self.loader.batch_size
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
         self.meter = Meter()
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
@@ -153,7 +152,8 @@ class Engine:
     def train(self) -> Outcome:
         """From the state's step to the end of the run, or until any rank must stop. Saves at both."""
         state, limits, runtime = self.state, self.limits, self.runtime
-        batches = self.loader.train(state.step * self.reads)
+        reads = self.workload.reads
+        batches = self.loader.train(state.step * reads)
         self.saved = state.step
         clock = _Clock(state.seconds, state.step)
         self.workload.train()
@@ -167,7 +167,7 @@ class Engine:
             if faults > limits.faults and self.bad_data():
                 return self.outcome("bad_data", clock)
             clock.start()
-            read = list(itertools.islice(batches, self.reads))
+            read = list(itertools.islice(batches, reads))
             clock.stop_waiting()
             self.update(read, with_norm=limits.log.due(state.step + 1))
             state.step += 1

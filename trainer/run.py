@@ -127,8 +127,13 @@ def build_limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -
 def build_schedule(
     config: RunConfig, total: int | None, samples_per_step: int, epoch_samples: int
 ) -> schedule.Schedule:
+    """Raises UserError where the warm-up would never end."""
     s = config.schedule
     warmup, every = (Duration.parse(text).steps(samples_per_step, epoch_samples) for text in (s.warmup, s.every))
+    if total is not None and warmup >= total:
+        raise UserError(
+            f"schedule.warmup: {s.warmup!r} is not shorter than the run, {config.duration!r}: shorten the warm-up"
+        )
     return schedule.build(s.name, total or 0, warmup, every, s.gamma, s.final)
 
 
@@ -287,7 +292,10 @@ def train(config: RunConfig, name: str) -> int:
         try:
             data = open_run_data(config)
             workload = build_workload(config, data)
-            build_plan(config, len(data.train), workload.group, place.world)
+            plan = build_plan(config, len(data.train), workload.group, place.world)
+            samples_per_step = plan.batch_size * workload.reads
+            total = build_limits(config, samples_per_step, plan.size).total_steps
+            build_schedule(config, total, samples_per_step, plan.size)
         except UserError as error:
             problem = str(error)
         with Runtime(
@@ -308,7 +316,7 @@ def train(config: RunConfig, name: str) -> int:
 def _train(config: RunConfig, name: str, runtime: Runtime, data: DataSet, workload: Workload) -> int:
     runtime.prepare(workload, config.channels_last, config.compile)
     plan = build_plan(config, len(data.train), workload.group, runtime.world)
-    samples_per_step = plan.batch_size * max(phase.times for phase in workload.phases)
+    samples_per_step = plan.batch_size * workload.reads
     limits = build_limits(config, samples_per_step, plan.size)
     directory: Directory | None = None
 
@@ -371,7 +379,7 @@ def _resume_and_train(
 ) -> int:  # fmt: skip
     state = TrainState(workload)
     loader = build_loader(config, data, workload, plan, runtime)
-    samples_per_step = plan.batch_size * max(phase.times for phase in workload.phases)
+    samples_per_step = plan.batch_size * workload.reads
 
     groups: Groups | None = None
 
@@ -426,7 +434,8 @@ def _greet(directory: Directory, runtime: Runtime, data: DataSet, workload: Work
     of = f"{d.name}, {d.training:,} samples and {d.evaluated:,} held out"
     note(f"{config.workload.name} {what}, {count:,} parameters; {of}")
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else str(runtime.device)
-    ranks = f"{runtime.world} rank{'s' if runtime.world > 1 else ''} x {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    ranks = f"{runtime.world} rank{'s'[: runtime.world > 1]} x {threads} thread{'s'[: threads > 1]}"
     note(f"{ranks} on {device}, {runtime.precision}; batch {config.batch_size}, {config.duration}, seed {config.seed}")
     directory.tracker.console.start(step)
     if step:

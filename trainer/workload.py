@@ -85,6 +85,11 @@ class Workload(nn.Module):
     headline: str = "loss"  # the reported metric that the progress bar shows and that picks the best checkpoint
     maximise: bool = False  # whether a larger headline is better
 
+    @property
+    def reads(self) -> int:
+        """How many global batches a step takes: as many as the phase with the most updates."""
+        return max(phase.times for phase in self.phases)
+
     def after_step(self, step: int, means: Scalars) -> None:
         """Move what no gradient moves (weight averages, controllers), equally on every rank."""
 
