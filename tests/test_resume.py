@@ -194,3 +194,21 @@ def test_a_run_on_s3_is_killed_and_resumed_bit_for_bit(tmp_path: Path, s3_server
     assert largest_difference(final_tensors(alone), final_tensors(tmp_path / "run")) == 0
     assert records(tmp_path / "run") == records(alone)
     assert outcome(tmp_path / "run")["status"] == "done"
+
+
+def test_a_last_checkpoint_that_cannot_be_saved_is_rescued_to_the_local_disk(tmp_path: Path) -> None:
+    arguments = shlex.split(
+        "--duration '4 seconds' --checkpoint.every '1 second' --schedule.name constant --log.every '5 steps' "
+        "--run.url run"
+    )
+    ranks = start(arguments, tmp_path)
+    assert wait_for(lambda: bool(list((tmp_path / "run").glob("checkpoints/*/MANIFEST.json"))), ranks)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    (tmp_path / "run").write_text("the disk of the run has gone away")
+    assert ranks.wait() == [1]
+    text = ranks.text()
+    assert "warning: a checkpoint was not saved, training goes on" in text
+    assert "the last checkpoint could not be saved" in text
+    (rescued,) = (tmp_path / "runs" / "digits_cnn-rescued" / "checkpoints").iterdir()
+    assert (rescued / "MANIFEST.json").exists()
+    assert "Traceback" not in text

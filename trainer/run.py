@@ -449,6 +449,7 @@ def _exit_code(outcome: Outcome) -> int:
 def _finish(directory: Directory, loader: BatchLoader, workload: Workload, outcome: Outcome, engine: Engine) -> int:
     """What rank 0 leaves behind: pictures, outcome.json, the closing lines."""
     tracker, storage = directory.tracker, directory.storage
+    unsaved = directory.finish_saving()  # before anything that might fail
     shown: dict[str, bytes] = {}
     records = tracker.records
     if records:
@@ -465,7 +466,6 @@ def _finish(directory: Directory, loader: BatchLoader, workload: Workload, outco
         except StorageError as error:
             tracker.note(f"warning: {error}")
         tracker.image(outcome.step, key, png)
-    unsaved = directory.finish_saving()
     result = {
         **outcome.metrics,
         "samples_per_second": round(outcome.samples_per_second, 1),
@@ -475,8 +475,7 @@ def _finish(directory: Directory, loader: BatchLoader, workload: Workload, outco
     }
     directory.write_outcome({**result, "reason": unsaved or outcome.reason, "metrics": outcome.metrics,
                              "seconds": engine.state.seconds})  # fmt: skip
-    newest = directory.store.steps()[-1:]
-    checkpoint = f"checkpoints/{folder(newest[0])}" if newest else None
+    checkpoint = f"checkpoints/{folder(engine.saved)}" if engine.saved and not unsaved else None
     summary = {**result, "checkpoint": checkpoint and f"{storage}/{checkpoint}"}
     tracker.close(summary, failed=bool(unsaved) or outcome.status == "non_finite")
     here = _shown(storage)
