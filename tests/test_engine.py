@@ -214,3 +214,16 @@ def test_collectives_agree_and_a_rank_without_rows_takes_part() -> None:
         assert flags == [0, 1, 1]  # the answer is one call late, and the same everywhere
         assert gathered == [0, 1, 2]
         assert word == "from 0"
+
+
+def weights_that_are_not_finite(runtime: Runtime) -> tuple[bool, bool]:
+    engine, saver = make(runtime, 5)
+    with torch.no_grad():
+        next(engine.workload.parameters()).fill_(torch.inf)
+    outcome = engine.train()
+    return outcome.status == "non_finite", hasattr(saver, "last")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_weights_that_are_not_finite_are_never_saved(world: int) -> None:
+    assert on_ranks(world, weights_that_are_not_finite) == [(True, False)] * world

@@ -303,7 +303,8 @@ class Engine:
         clock.start()
         self.state.seconds = clock.run_seconds()
         meters = runtime.gather(self.meter.dump())
-        if not all(math.isfinite(value) for meter in meters for value, _ in meter.values()):
+        norm = torch.nn.utils.get_total_norm(self.workload.parameters())  # the same on every rank, as the weights are
+        if not all(map(math.isfinite, [float(norm), *(value for meter in meters for value, _ in meter.values())])):
             return False
         groups = {}
         buffers = runtime.local_buffers(self.workload)
