@@ -8,7 +8,7 @@ import pickle
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import lmdb
@@ -20,7 +20,7 @@ from PIL import Image
 
 from trainer.config import DataOptions, UserError
 from trainer.data import sources
-from trainer.data.sources import DataSet, Files, Memory, decode, open_data
+from trainer.data.sources import DataSet, Files, Memory, decode, open_data, spread
 
 from . import pictures_on_disk as disk
 
@@ -533,3 +533,18 @@ def test_what_imagenet_needs_is_named(tmp_path: Path) -> None:
     assert complaint("imagenet", tmp_path).startswith(
         f"data.root: imagenet in '{tmp_path}/imagenet' cannot be unpacked"
     )
+
+
+def test_a_part_of_a_split_is_spread_over_it(tmp_path: Path) -> None:
+    """Image folders are sorted by class: their first samples would all be of one."""
+    whole = sources.open_data(DataOptions(name="folder"), disk.folder(str(tmp_path), {"train": 1, "val": 5}), "auto")
+    part = spread(whole, 4)
+    assert part.held_out.labels.tolist() == [0, 0, 1, 1]
+    assert (part.description.evaluated, len(part.train)) == (4, 2)
+    stored, some = cast(Any, whole.held_out), cast(Any, part.held_out)
+    assert [some.name(i) for i in range(4)] == [stored.name(i) for i in (0, 2, 5, 7)]
+    assert some.fetch([3, 1]) == stored.fetch([7, 2])
+    digits = open_data(DataOptions(name="digits"), "", "auto")
+    few = cast(Any, spread(digits, 3).held_out)
+    assert few.images.equal(cast(Any, digits.held_out).images[[0, 199, 399]])
+    assert spread(digits, 10_000).description.evaluated == 599

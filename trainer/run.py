@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import os
@@ -21,7 +20,7 @@ from .checkpoint import CheckpointStore, Damaged, folder
 from .config import Duration, RunConfig, UserError, WorkloadOptions, data_root, differences, dump, is_safe
 from .data.loader import BatchLoader
 from .data.plan import BatchPlan
-from .data.sources import DataSet, open_data
+from .data.sources import DataSet, open_data, spread
 from .engine import Cadence, Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
 from .runtime import Place, Runtime, StopSignals
@@ -87,10 +86,7 @@ def build_plan(config: RunConfig, samples: int, group: int, world: int) -> Batch
 def open_run_data(config: RunConfig, root: str | None = None, split: str | None = None) -> DataSet:
     """The data set of a run; raises UserError."""
     data = open_data(config.data, root or data_root(config), split or config.evaluate.split)
-    if config.evaluate.samples is None:
-        return data
-    few = min(config.evaluate.samples, data.description.evaluated)
-    return dataclasses.replace(data, description=dataclasses.replace(data.description, evaluated=few))
+    return data if config.evaluate.samples is None else spread(data, config.evaluate.samples)
 
 
 def build_workload(config: RunConfig, data: DataSet) -> Workload:

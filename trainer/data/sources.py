@@ -13,7 +13,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +59,23 @@ class Stored(Protocol):
     def fetch(self, indices: Sequence[int]) -> list[Encoded]: ...  # raises UserError where storage does not answer
 
 
+class Part:
+    """Some samples of a stored split."""
+
+    def __init__(self, whole: Stored, ids: Tensor) -> None:
+        self.whole, self.ids = whole, ids.tolist()
+        self.labels, self.channels = whole.labels[ids], whole.channels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def name(self, index: int) -> str:
+        return self.whole.name(self.ids[index])
+
+    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+        return self.whole.fetch([self.ids[index] for index in indices])
+
+
 @dataclass(frozen=True)
 class DataSet:
     description: Description
@@ -66,6 +83,15 @@ class DataSet:
     held_out: Memory | Stored
     split: str  # which split is held out
     photographs: bool = False  # images of many sizes, to be cropped
+
+
+def spread(data: DataSet, count: int) -> DataSet:
+    """The data set with so many held-out samples, evenly spread, since many sets are sorted by class."""
+    whole = data.held_out
+    count = min(count, len(whole))
+    ids = torch.arange(count) * len(whole) // count
+    part = Memory(whole.images[ids], whole.labels[ids]) if isinstance(whole, Memory) else Part(whole, ids)
+    return replace(data, held_out=part, description=replace(data.description, evaluated=count))
 
 
 def open_data(options: DataOptions, root: str, split: str) -> DataSet:
