@@ -282,6 +282,7 @@ def test_what_is_averaged_is_what_is_evaluated_saved_and_not_trained() -> None:
 # What the classifier reports
 
 
+@torch.no_grad()
 def test_the_report_counts_every_sample_once_whatever_the_batches() -> None:
     workload = classifier("softmax").eval()
     x, labels = images(workload, 8), torch.arange(8) % 7
