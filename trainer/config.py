@@ -205,7 +205,7 @@ class EvaluateOptions(Options):
     batch_size: int = Field(500, ge=1)
     """Global. Changes speed and memory only."""
     samples: int | None = Field(None, ge=1)
-    """Evaluate only so many samples, evenly spread over the split, for a quick look."""
+    """Evaluate only so many samples, evenly spread over the split, for a quick look. Default: all."""
 
 
 class CheckpointOptions(Options):
