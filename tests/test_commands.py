@@ -290,6 +290,15 @@ def test_checkpoints_are_listed_verified_and_pruned(ask: Ask, tmp_path: Path) ->
     assert json.loads(run(["evaluate", "run"], tmp_path).splitlines()[-1])["step"] == 24
 
 
+def test_pruning_keeps_the_best_checkpoint(ask: Ask, tmp_path: Path) -> None:
+    run(WORDS, tmp_path)
+    best = {"step": 8, "kind": "evaluate", "epoch": 1.0, "accuracy": 1.0, "loss": 0.0}
+    with (tmp_path / "run" / "metrics" / "00000008.jsonl").open("a") as log:
+        log.write(json.dumps(best) + "\n")
+    kept = "step-00000008, step-00000024"
+    assert said(ask("checkpoints", "prune", "run", "--keep", 1)) == [f"deleted 1, kept 2: {kept}"]
+
+
 @pytest.mark.parametrize(
     ("words", "mistake"),
     [

@@ -133,6 +133,13 @@ def _locate(url: str) -> tuple[Storage, int | None]:
     return storage, int(match[2]) if match else None
 
 
+def _history(storage: Storage) -> Tracker:
+    """What a run has logged."""
+    tracker = Tracker(MetricLog(storage), TrackerConsole(None))
+    tracker.records = [record for segment in tracker.log_.segments() for record in tracker.log_.read(segment)]
+    return tracker
+
+
 def _choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: Workload | None) -> int:
     steps = store.steps()
     if not steps:
@@ -140,10 +147,7 @@ def _choose_step(storage: Storage, store: CheckpointStore, step: int | None, bes
     if step is not None and step not in steps:
         raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
     if step is None and best is not None:
-        tracker = Tracker(MetricLog(storage), TrackerConsole(None))
-        for segment in tracker.log_.segments():
-            tracker.records += tracker.log_.read(segment)
-        step = tracker.best(best.headline, best.maximise, steps)
+        step = _history(storage).best(best.headline, best.maximise, steps)
     return steps[-1] if step is None else step
 
 
@@ -359,7 +363,7 @@ def checkpoints(words: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("run", metavar="RUN", help="URL of a run, or for list and verify of a checkpoint in it")
     parser.add_argument(
-        "--keep", metavar="N", type=int, default=3, help="prune: how many of the newest to keep (default: 3)"
+        "--keep", metavar="N", type=int, default=3, help="prune: keep the newest N, and the best (default: 3)"
     )
     given = parser.parse_args(words)
     storage, step = _locate(given.run)
@@ -367,7 +371,15 @@ def checkpoints(words: Sequence[str]) -> int:
     if given.action == "prune":
         if given.keep < 1:
             raise UserError(f"--keep: {given.keep} would delete every checkpoint: keep 1 or more")
-        deleted = store.prune(given.keep)
+        steps = store.steps()
+        best = None
+        if steps:
+            try:
+                state = store.load(steps[-1], []).state
+            except Damaged as error:
+                raise UserError(f"{folder(steps[-1])} is damaged, so nothing was deleted: {error}") from None
+            best = _history(storage).best(state["headline"], state["maximise"], steps)
+        deleted = store.prune(given.keep, lambda saved: saved == best)
         say(f"deleted {len(deleted)}, kept {len(store.steps())}: {', '.join(map(folder, store.steps()))}")
         return 0
     bad = 0

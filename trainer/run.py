@@ -182,6 +182,8 @@ class Directory:
     last: tuple[int, Groups, dict[str, Any]] | None = None
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+        state = {**state, "headline": self.headline, "maximise": self.maximise}  # for those who prune later
+
         def work() -> None:
             self.tracker.flush()
             self.store.save(step, groups, state)
