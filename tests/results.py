@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-TIMING = ("samples_per_second", "data_wait", "gpu_memory_bytes")
+from trainer.tracker import TIMING
 
 
 def final_tensors(run: Path) -> dict[str, Tensor]:

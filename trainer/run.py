@@ -216,11 +216,10 @@ class Directory:
     def best(self) -> int | None:
         return self.tracker.best(self.headline, self.maximise, self.store.steps())
 
-    def report_failure(self) -> bool:
+    def report_failure(self) -> None:
         failure = self.store.failure()
         if failure is not None:
             self.tracker.note(f"warning: a checkpoint was not saved, training goes on: {failure}")
-        return failure is not None
 
     def finish_saving(self) -> str | None:
         """Wait for the last checkpoint; where it cannot be saved, rescue it to the local disk and say where."""
@@ -238,6 +237,8 @@ class Directory:
         return f"the last checkpoint could not be saved ({failure}); it is in {rescue}/{folder(self.last[0])}"
 
     def write_outcome(self, outcome: dict[str, Any]) -> None:
+        if self.lease.lost:  # the directory is another job's, and so is its outcome
+            return
         try:
             self.storage.write("outcome.json", json.dumps(outcome, indent=1).encode())
         except StorageError as error:
