@@ -12,10 +12,10 @@ import time
 from .common import exit_on_sigterm, fashion_mnist, measure_by_name
 
 NAMES = {
-    "step": "samples/s of our engine against the plain PyTorch program: softmax, FNN,\nCNN in fp32, CNN in bf16",
+    "step": "samples/s of our engine against the plain PyTorch program: softmax, FNN,\nCNN and DCGAN",
     "overhead": "microseconds a step that our loop adds to a bare one (softmax b20)",
     "start": "process start to first step, and peak memory, against the plain program",
-    "ranks": "two ranks of one thread against one process of one thread (CNN)",
+    "ranks": "two ranks of one thread against one process of one thread (CNN, DCGAN)",
     "checkpoint": "what a background save costs the training, on disk and on S3",
 }
 EPILOG = f"""measurements:

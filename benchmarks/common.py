@@ -22,10 +22,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 # The settings of ours that are the plain program's (benchmarks/plain.py), by the name of the network there.
 SETTINGS = {
-    "softmax": {"batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.01}},
-    "fnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}},
-    "cnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}},
-}
+    "softmax": {"batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.01}, "workload": {"network": "softmax"}},
+    "fnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}, "workload": {"network": "fnn"}},
+    "cnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}, "workload": {"network": "cnn"}},
+    "dcgan": {
+        "batch_size": 64, "optimizer": {"name": "adam", "lr": 2e-4, "betas": [0.5, 0.999]},
+        "workload": {"name": "dcgan", "width": 64},
+    },
+}  # fmt: skip
 _FILES = {
     "train-images-idx3-ubyte": (60000, 28, 28), "train-labels-idx1-ubyte": (60000,),
     "t10k-images-idx3-ubyte": (10000, 28, 28), "t10k-labels-idx1-ubyte": (10000,),

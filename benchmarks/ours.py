@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from trainer import run
+from trainer import parts
 from trainer.config import RunConfig
 from trainer.data.sources import open_data
+from trainer.directory import SilentSaver
 from trainer.engine import Engine
 from trainer.runtime import Place, Runtime
 from trainer.state import TrainState
@@ -31,7 +32,8 @@ class Stopwatch:
     """The engine's tracker, with a look at the clocks after the steps that begin and end a block."""
 
     def __init__(self, tracker: Tracker | Silent) -> None:
-        self.log, self.note, self.cut, self._progress = tracker.log, tracker.note, tracker.cut, tracker.progress
+        self.log, self.note, self.cut, self.health = tracker.log, tracker.note, tracker.cut, tracker.health
+        self._progress = tracker.progress
         self.first = self.last = 0
         self._began = self._ended = (0.0, 0.0)
 
@@ -68,24 +70,21 @@ class Ours:
 
 
 @contextlib.contextmanager
-def ours(data: str, network: str, settings: Mapping[str, Any], **options: Any) -> Iterator[Ours]:
-    """The trainer on Fashion-MNIST, put together as `python -m trainer` does, without checkpoints and evaluation.
-
-    `options` are further ones of the workload.
-    """
+def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
+    """The trainer on Fashion-MNIST as `python -m trainer` puts it together, without checkpoints and evaluation."""
     values = {**_ALWAYS, **settings, "data": {"name": "fashion_mnist", "root": data},
-              "workload": {"name": "classifier", "network": network, **options}}  # fmt: skip
-    config = run.load_config(yaml.safe_dump(values), "benchmark")
+              "workload": {"name": "classifier", **settings["workload"]}}  # fmt: skip
+    config = parts.load_config(yaml.safe_dump(values), "benchmark")
     place = Place.from_environment()
     fashion = open_data(config.data, data, config.evaluate.split)
-    workload = run.build_workload(config, fashion)
+    workload = parts.build_workload(config, fashion.description)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
         Runtime(place, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
     ):
         runtime.prepare(workload, config.channels_last, config.compile)
-        plan = run.build_plan(config, len(fashion.train), workload.group, runtime.world)
-        limits = run.build_limits(config, plan.batch_size, plan.size)
+        plan = parts.build_plan(config, len(fashion.train), workload, runtime.world)
+        limits = parts.build_limits(config, plan.batch_size, plan.size)
         never = dataclasses.replace(limits.evaluate, period=None)
         log = MetricLog(Storage(folder))
         log.rewind(0)
@@ -94,11 +93,11 @@ def ours(data: str, network: str, settings: Mapping[str, Any], **options: Any) -
         engine = Engine(
             runtime=runtime,
             state=TrainState(workload),
-            loader=run.build_loader(config, fashion, workload, plan, runtime),
+            loader=parts.build_loader(config, fashion, workload, plan, runtime),
             tracker=stopwatch,
-            saver=run.SilentSaver(),
-            limits=dataclasses.replace(limits, evaluate=never, save=never),
-            schedule=run.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
+            saver=SilentSaver(),
+            limits=dataclasses.replace(limits, evaluate=never, save=never, samples=never),
+            schedule=parts.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
             seed=config.seed,
             clip_norm=config.optimizer.clip_norm,
         )

@@ -40,7 +40,7 @@ def bare(data: str) -> Iterator[None]:
 
 def measure(data: str, quick: bool) -> None:
     torch.set_num_threads(1)
-    with ours(data, "softmax", SETTINGS["softmax"]) as run:
+    with ours(data, SETTINGS["softmax"]) as run:
         blocks = {"ours": run.block, "bare": steps_of(bare(data))}
         costs = take_turns(blocks, 0.3 if quick else 1.0, 3 if quick else 15)
     rows = []

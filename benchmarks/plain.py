@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
-from torchvision.transforms import ToTensor
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, int]:
@@ -45,6 +45,47 @@ def training(data: str, network: nn.Module, optimizer: torch.optim.Optimizer, ba
             loss.backward()
             optimizer.step()
             hits += (logits.argmax(1) == labels).float().sum().item()
+            yield loss.item()
+
+
+def adversarial(data: str, batch_size: int) -> Iterator[float]:
+    """A DCGAN step with each `next`, as tutorials write it: the width of ours, a sigmoid and BCELoss, the generator's
+    step through a discriminator whose gradients are computed and thrown away, `.item()` of both losses."""
+
+    def conv(layer: type[nn.Module], before: int, after: int, *shape: int) -> nn.Module:
+        return layer(before, after, *shape, bias=False)
+
+    generator = nn.Sequential(
+        conv(nn.ConvTranspose2d, 100, 128, 7, 1, 0), nn.BatchNorm2d(128), nn.ReLU(True),
+        conv(nn.ConvTranspose2d, 128, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU(True),
+        conv(nn.ConvTranspose2d, 64, 1, 4, 2, 1), nn.Tanh(),
+    )  # fmt: skip
+    discriminator = nn.Sequential(
+        conv(nn.Conv2d, 1, 64, 4, 2, 1), nn.LeakyReLU(0.2, True),
+        conv(nn.Conv2d, 64, 128, 4, 2, 1), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, True),
+        conv(nn.Conv2d, 128, 1, 7, 1, 0), nn.Sigmoid(),
+    )  # fmt: skip
+    criterion = nn.BCELoss()
+    optimizers = [
+        torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (discriminator, generator)
+    ]
+    transform = Compose([ToTensor(), Normalize(0.5, 0.5)])
+    loader = DataLoader(FashionMNIST(data, train=True, transform=transform), batch_size, shuffle=True, drop_last=True)
+    real, fake = torch.ones(batch_size), torch.zeros(batch_size)
+    while True:
+        for images, _ in loader:
+            discriminator.zero_grad()
+            error = criterion(discriminator(images).view(-1), real)
+            error.backward()
+            fakes = generator(torch.randn(batch_size, 100, 1, 1))
+            other = criterion(discriminator(fakes.detach()).view(-1), fake)
+            other.backward()
+            optimizers[0].step()
+            generator.zero_grad()
+            loss = criterion(discriminator(fakes).view(-1), real)
+            loss.backward()
+            optimizers[1].step()
+            error.item(), other.item()
             yield loss.item()
 
 

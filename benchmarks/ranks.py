@@ -1,4 +1,4 @@
-"""Two ranks of one thread against one process of one thread: the CNN in fp32 at a fixed global batch of 100.
+"""Two ranks of one thread against one process of one thread, in fp32 at a fixed global batch: CNN and DCGAN.
 
 All contenders are started at once, with torchrun where there are ranks, and then take turns: those whose turn it is not
 wait on a socket. The last row is the ceiling: two processes with half of the batch each that never exchange anything.
@@ -27,7 +27,8 @@ PATIENCE = 120  # seconds
 @dataclass(frozen=True)
 class Contender:
     title: str
-    batch_size: int = 100
+    network: str = "cnn"
+    halved: bool = False  # the batch
     batch_norm: str = "sync"
     ranks: int = 1
     copies: int = 1  # processes that know nothing of each other
@@ -42,8 +43,13 @@ CONTENDERS = {
     "one": Contender("1 process"),
     "local": Contender("2 ranks, batch_norm: local", batch_norm="local", ranks=2),
     "sync": Contender("2 ranks, batch_norm: sync", ranks=2),
-    "apart": Contender("2 x b50, no exchange", batch_size=50, copies=2),
+    "apart": Contender("2 x b50, no exchange", halved=True, copies=2),
+    "gan one": Contender("1 process", "dcgan"),
+    "gan local": Contender("2 ranks, batch_norm: local", "dcgan", batch_norm="local", ranks=2),
+    "gan sync": Contender("2 ranks, batch_norm: sync", "dcgan", ranks=2),
+    "gan apart": Contender("2 x b32, no exchange", "dcgan", halved=True, copies=2),
 }
+GROUPS = {"CNN": ("one", 1.6), "DCGAN": ("gan one", 1.9)}
 
 
 def worker(name: str, data: str) -> None:
@@ -51,9 +57,10 @@ def worker(name: str, data: str) -> None:
     from .ours import ours
 
     contender = CONTENDERS[name]
-    settings = {**SETTINGS["cnn"], "batch_size": contender.batch_size, "batch_norm": contender.batch_norm}
+    settings = {**SETTINGS[contender.network], "batch_norm": contender.batch_norm}
+    settings["batch_size"] //= 2 if contender.halved else 1
     host, port = os.environ[ADDRESS].split(":")
-    with socket.create_connection((host, int(port))) as connection, ours(data, "cnn", settings) as run:
+    with socket.create_connection((host, int(port))) as connection, ours(data, settings) as run:
         talk = connection.makefile("rw")
         _send(talk, name)
         for line in talk:
@@ -120,18 +127,21 @@ def started(data: str) -> Iterator[dict[str, Block]]:
 def measure(data: str, quick: bool) -> None:
     with started(data) as blocks:
         costs = take_turns(blocks, 0.5 if quick else 2.0, 1 if quick else 9)
-    rows = []
-    one = [cost.wall for cost in costs["one"]]
-    for name, contender in CONTENDERS.items():
-        walls = [cost.wall for cost in costs[name]]
-        medians = [f"{1e3 * statistics.median(times):.1f}" for times in (walls, [cost.cpu for cost in costs[name]])]
-        gain = ratios(one, walls)
-        target = at_least(gain, 1.6) if contender.ranks > 1 else ""
-        rows.append([contender.title, *medians, spread(gain) if name != "one" else "1.00", target])
     cores = len(os.sched_getaffinity(0))
     notes = [f"only {cores} core: two ranks cannot be faster"] if cores < 2 else []
-    header = ["", "ms/step", "CPU ms", "ratio", "target"]
-    table("ranks: CNN fp32, global batch 100, 1 thread a rank", header, rows, notes)
+    for title, (base, wanted) in GROUPS.items():
+        rows = []
+        one = [cost.wall for cost in costs[base]]
+        for name, contender in CONTENDERS.items():
+            if contender.network != CONTENDERS[base].network:
+                continue
+            walls = [cost.wall for cost in costs[name]]
+            medians = [f"{1e3 * statistics.median(times):.1f}" for times in (walls, [cost.cpu for cost in costs[name]])]
+            gain = ratios(one, walls)
+            target = at_least(gain, wanted) if contender.ranks > 1 else ""
+            rows.append([contender.title, *medians, spread(gain) if name != base else "1.00", target])
+        header = ["", "ms/step", "CPU ms", "ratio", "target"]
+        table(f"ranks: {title} fp32, fixed global batch, 1 thread a rank", header, rows, notes)
 
 
 if __name__ == "__main__":

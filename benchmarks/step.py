@@ -21,6 +21,9 @@ CASES: list[tuple[str, str, dict[str, Any], float]] = [
     ("CNN b100, Adam", "cnn", {"channels_last": False}, 1.1),
     ("  and channels_last", "cnn", {}, 1.1),
     ("  and bf16 as well", "cnn", {"precision": "bf16"}, 2.2),
+    ("DCGAN b64, Adam", "dcgan", {"channels_last": False}, 1.05),
+    ("  and channels_last", "dcgan", {}, 1.05),
+    ("  and bf16 as well", "dcgan", {"precision": "bf16"}, 2.2),
 ]
 
 
@@ -28,9 +31,10 @@ def measure(data: str, quick: bool) -> None:
     torch.set_num_threads(1)
     rows = []
     for title, name, settings, target in CASES:
-        network, optimizer, batch_size = plain.build(name)
-        with ours(data, name, {"precision": "fp32", **SETTINGS[name], **settings}) as run:
-            blocks = {"ours": run.block, "plain": steps_of(plain.training(data, network, optimizer, batch_size))}
+        batch_size = SETTINGS[name]["batch_size"]
+        program = plain.adversarial(data, batch_size) if name == "dcgan" else plain.training(data, *plain.build(name))
+        with ours(data, {"precision": "fp32", **SETTINGS[name], **settings}) as run:
+            blocks = {"ours": run.block, "plain": steps_of(program)}
             costs = take_turns(blocks, 0.3 if quick else 1.5, 1 if quick else 7)
         assert run.config.batch_size == batch_size
         walls = {side: [cost.wall for cost in found] for side, found in costs.items()}

@@ -16,12 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer import __version__
-from trainer import run as runs
+from trainer import __version__, parts
 from trainer.__main__ import main
-from trainer.commands import _open
 from trainer.config import DataOptions
 from trainer.data.sources import open_data
+from trainer.trained import open_run
 
 from .ranks import run
 
@@ -130,9 +129,9 @@ def test_predicting_gives_the_labels_and_probabilities_of_the_network(
     lines = said(ask("predict", trained.url, tmp_path, "--json", "--top", 10, "--batch-size", 5))
     found = [json.loads(line) for line in lines]
     assert [Path(f["image"]).name for f in found] == [f"{index:02}.png" for index in range(12)]
-    opened = _open(trained.url)
+    opened = open_run(trained.url)
     images = held_out()[0][:12].double() / 255
-    mean, std = opened.data.description.mean[0], opened.data.description.std[0]
+    mean, std = opened.data.mean[0], opened.data.std[0]
     with torch.no_grad():
         expected = opened.workload.eval().inference()(((images - mean) / std).float()).softmax(1)
     for row, given in zip(expected, found, strict=True):
@@ -197,7 +196,7 @@ def test_what_cannot_be_predicted_is_one_line(
 
 @pytest.fixture
 def expected(trained: Finished) -> tuple[Any, Tensor, Tensor]:
-    opened = _open(trained.url)
+    opened = open_run(trained.url)
     network = opened.workload.eval().inference().eval()
     images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
@@ -214,7 +213,7 @@ def test_exported_weights_fill_the_same_network(
     assert about["classes"] == [str(c) for c in range(10)]
     assert about["input"] == {"shape": ["batch", 1, 8, 8], "mean": [0.3055], "std": [0.3763], "range": [0, 1]}
     assert about["checkpoint"].endswith("step-00000024")
-    fresh = runs.build_workload(opened.config, opened.data).inference().eval()
+    fresh = parts.build_workload(opened.config, opened.data).inference().eval()
     fresh.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
     with torch.no_grad():
         assert torch.equal(fresh(images), logits)
@@ -225,7 +224,7 @@ def test_the_exported_program_gives_the_same_logits_for_any_batch(
 ) -> None:
     _, images, logits = expected
     (line,) = said(ask("export", trained.url, "--to", "out", "--format", "torch"))
-    assert line.startswith("torch        out/model.pt2; logits differ by ")
+    assert line.startswith("torch        out/model.pt2; outputs differ by ")
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     with torch.no_grad():
         for count in (1, 3, 5):
@@ -241,7 +240,7 @@ def test_the_exported_onnx_file_gives_the_same_logits_for_any_batch(
     code, out, err = ask("export", trained.url, "--to", "out", "--format", "onnx", "--step", "24")
     assert (code, err) == (0, [])
     assert len(out) == 1
-    assert out[0].startswith("onnx         out/model.onnx; logits differ by ")
+    assert out[0].startswith("onnx         out/model.onnx; outputs differ by ")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 3, 5):

@@ -17,12 +17,12 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from trainer import run as runs
+from trainer import parts
 from trainer.__main__ import COMMANDS, main
 from trainer.config import Duration, RunConfig, UserError, data_root, differences, dump, is_safe
 from trainer.settings import build, config_class, read_yaml
 
-MODEL = runs.model_for("classifier")
+MODEL = parts.model_for("classifier")
 
 
 def resolve(words: Sequence[str] = (), values: dict[str, Any] | None = None) -> Any:
@@ -380,7 +380,7 @@ def test_the_printed_config_reads_back_to_itself(ask: Ask) -> None:
     )
     printed = ask(*words).out
     assert ask(file=printed).out == printed
-    stored = runs.load_config(printed, "run.yaml")
+    stored = parts.load_config(printed, "run.yaml")
     assert dump(stored).rstrip() == printed.rstrip()
     assert stored.optimizer.lr == 0.001
     assert stored.wandb.tags == ("a: b", "#c")

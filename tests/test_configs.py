@@ -18,8 +18,12 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_takes_its_first_steps(path: Path, tmp_path: Path, real_data: str) -> None:
     settings = yaml.safe_load(path.read_text())
-    arguments = [path, "--duration", "2 steps", "--evaluate.samples", "4", "--schedule.warmup", "0 steps"]
+    arguments = [path, "--duration", "2 steps", "--evaluate.samples", "8", "--schedule.warmup", "0 steps"]
     data = settings["data"]["name"]
+    if "metrics" in settings:  # the classifier is another config's
+        arguments += ["--metrics.features", "pixels", "--batch_size", "4", "--samples.count", "4"]
+        if settings["workload"].get("discriminator_steps", 1) > 1:
+            arguments += ["--workload.discriminator_steps", "2"]
     if data.startswith("cifar"):
         arguments += ["--data.name", "fake", "--data.samples", "64", "--batch_size", "8"]
     elif data == "imagenet":
@@ -35,4 +39,4 @@ def test_a_config_takes_its_first_steps(path: Path, tmp_path: Path, real_data: s
 def test_a_config_says_what_to_expect_of_it(path: Path) -> None:
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"configs/{path.name}" in header
-    assert re.search(r"\d %|NOT YET RUN", header)
+    assert re.search(r"\d %|FID \d|NOT YET RUN", header)

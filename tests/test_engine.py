@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 import pytest
@@ -105,12 +105,17 @@ class ToyLoader:
     def faults(self) -> list[str]:
         return []
 
+    def pixels(self, ids: Iterable[int]) -> Tensor:
+        return torch.zeros(len(list(ids)), 2, 1, 1)
+
 
 class Keep:
     """A saver that keeps the last checkpoint."""
 
     def save(self, step: int, groups: Groups, state: dict[str, object]) -> None:
         self.last = (groups, state)
+
+    def show(self, step: int, samples: object) -> None: ...
 
 
 def make(runtime: Runtime, steps: int, accumulation: int = 1) -> tuple[Engine, Keep]:

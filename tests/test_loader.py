@@ -189,7 +189,7 @@ def test_evaluation_shows_every_sample_once(world: int, resident: str, evaluatio
     seen: list[int] = []
     lengths = []
     for shares in zip(*(loader.evaluate() for loader in ranks), strict=True):
-        end = 0
+        start = end = len(seen)
         for rows, batch in shares:
             assert rows.start == end
             end = rows.stop
@@ -198,7 +198,7 @@ def test_evaluation_shows_every_sample_once(world: int, resident: str, evaluatio
                 assert batch["label"].equal(data.held_out.labels[batch["id"]])
                 expected = (data.held_out.images[batch["id"]].double() / 255 - 0.5) / 0.25
                 assert (batch["image"].double() - expected).abs().max() < 1e-6
-        lengths.append(end)
+        lengths.append(end - start)
     assert seen == list(range(22))
     assert lengths == [min(evaluation_batch, 22 - start) for start in range(0, 22, evaluation_batch)]
 

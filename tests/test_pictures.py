@@ -94,18 +94,18 @@ def test_samples_from_minus_one_to_one_fill_the_grid_and_nan_is_black() -> None:
     samples = torch.ones(64, 1, 16, 16)
     samples[0] = math.nan
     assert {(0, 0, 0), (255, 255, 255)} <= colours(opened(render(from_samples(samples, "samples"))))
-    assert (127, 127, 127) in colours(opened(render(from_samples(torch.zeros(4, 3, 16, 16), ""))))
+    assert (128, 128, 128) in colours(opened(render(from_samples(torch.zeros(4, 3, 16, 16), ""))))
 
 
 SCRIPT = """
 import sys
 import trainer.run as runs
 from trainer.__main__ import main
-finish = runs._finish
+finish = runs.Run.finish
 def late(*words):
     assert not {"matplotlib", "wandb", "PIL.Image"} & set(sys.modules), "imported before the end of training"
     return finish(*words)
-runs._finish = late
+runs.Run.finish = late
 code = main(["--duration", "4 steps", "--workload.network", "softmax", "--checkpoint.every", "2 steps",
              "--wandb.mode", "offline", "--run.url", "run"])
 assert "matplotlib" in sys.modules

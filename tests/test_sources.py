@@ -521,7 +521,7 @@ def test_imagenet_is_a_folder_per_class(tmp_path: Path) -> None:
     data = open_data(options("imagenet"), str(tmp_path), "auto")
     assert (data.description.classes, data.split) == (("n01440764", "n01443537"), "val")
     assert (len(data.train), len(data.held_out), data.description.size) == (4, 2, 224)
-    assert data.photographs
+    assert data.description.photographs
 
 
 def test_what_imagenet_needs_is_named(tmp_path: Path) -> None:

@@ -19,18 +19,30 @@ ALLOWED: dict[str, set[str]] = {
     "randomness": set(),
     "checkpoint": {"storage"},
     "lease": {"storage"},
-    "tracker": {"storage"},
+    "tracker": {"storage", "metrics"},
     "wandb_sink": {"storage"},
     "workload": {"randomness"},
     "state": {"workload"},
     "pictures": {"workload"},
     "runtime": {"workload", "randomness", "nn"},
-    "engine": {"workload", "state", "runtime", "randomness", "schedule"},
-    "nn": {"config", "randomness"},
+    "metrics": {"workload"},
+    "adversarial": {"config", "workload", "randomness", "nn"},
+    "engine": {"workload", "state", "runtime", "randomness", "schedule", "metrics"},
+    "nn": {"config", "randomness", "workload"},
     "data": {"config", "workload", "randomness"},
-    "workloads": {"config", "workload", "randomness", "nn"},
+    "workloads": {"adversarial", "config", "workload", "randomness", "nn"},
 }
-SHELL = {"__init__", "__main__", "commands", "run", "doctor"}  # builds the parts and hands them over: knows all
+SHELL = {
+    "__init__",
+    "__main__",
+    "commands",
+    "run",
+    "doctor",
+    "parts",
+    "directory",
+    "trained",
+    "quality",
+}  # builds the parts and hands them over: knows all
 
 
 def imports(file: Path) -> set[str]:

@@ -158,6 +158,18 @@ class CheckpointStore:
         except Damaged:
             return 0
 
+    def digest(self, step: int, group: str = "weights") -> str:
+        """The sha256 of a group of tensors, as hexadecimal digits; raises Damaged."""
+        try:
+            return str(self._manifest(step)[f"{group}.safetensors"]["sha256"])
+        except KeyError:
+            raise Damaged(f"{MANIFEST} lists no {group}") from None
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint: the manifest first, so that a half-deleted one does not exist."""
+        self.storage.delete(f"{folder(step)}/{MANIFEST}")
+        self.storage.delete_tree(folder(step))
+
     def verify(self, step: int) -> list[str]:
         """What is wrong with a checkpoint, a line per file; empty when it is sound."""
         try:
@@ -218,9 +230,8 @@ class CheckpointStore:
         assert keep > 0, keep
         committed = self.steps()
         doomed = [step for step in committed[:-keep] if not protected(step)]
-        for step in doomed:  # the manifest first, so that a half-deleted checkpoint does not exist
-            self.storage.delete(f"{folder(step)}/{MANIFEST}")
-            self.storage.delete_tree(folder(step))
+        for step in doomed:
+            self.remove(step)
         for step in self.folders():
             # one that is newer than the newest may be a save in flight
             leftover = step not in committed and step < max(committed, default=0)

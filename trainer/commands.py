@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,21 +16,25 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from torch import Tensor, nn
 
+from . import parts, pictures
 from . import run as runs
 from .checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
 from .config import DataOptions as Data
 from .config import RunConfig, UserError, dump
-from .data.sources import SUFFIXES, BadSample, DataSet, decode
+from .data.sources import SUFFIXES, BadSample, decode
 from .data.transforms import Augment, Crop
+from .directory import SilentSaver
 from .engine import Engine
+from .quality import open_judge
+from .randomness import Draws
 from .runtime import Place, Runtime
 from .settings import build, config_class, read_file, takes_no_value
-from .state import TrainState, load_weights
-from .storage import Storage, StorageError
-from .tracker import Console as TrackerConsole
-from .tracker import MetricLog, Silent, Tracker
-from .workload import Workload
+from .state import TrainState
+from .storage import Storage
+from .tracker import Silent
+from .trained import Trained, history, locate, open_run
 
+Inputs = tuple[Tensor, ...]  # of the network that is exported
 DEFAULT_FILE = Path(__file__).with_name("digits_cnn.yaml")  # what is trained where no config is given
 
 
@@ -75,7 +79,7 @@ def read_config(words: Sequence[str], program: str, description: str) -> tuple[R
         raise UserError(f"workload: {section!r} should be a mapping with a name: 'workload: {{name: classifier}}'")
     name = _peek(flags, "--workload.name") or os.environ.get("TRAINER_WORKLOAD__NAME")
     name = name if name and not name.startswith("--") else str(section.get("name", "classifier"))
-    model = runs.model_for(name)
+    model = parts.model_for(name)
     if file is None and name != section["name"]:  # the default config is that of another workload
         values, section = {}, {}
     values = {**values, "workload": {"name": name, **section}}
@@ -94,7 +98,7 @@ def train(words: Sequence[str]) -> int:
 def config(words: Sequence[str]) -> int:
     """Print the resolved config as YAML, or with --schema the JSON schema of all workloads."""
     if "--schema" in words:
-        options = [runs.workload_module(name).Options for name in runs.workload_names()]
+        options = [parts.workload_module(name).Options for name in parts.workload_names()]
         say(json.dumps(config_class(*options).model_json_schema(), indent=1))
         return 0
     text = "Print the resolved config as YAML. With --schema: the JSON schema, for an editor."
@@ -103,83 +107,16 @@ def config(words: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A run's checkpoint, opened."""
-
-    storage: Storage
-    step: int
-    config: RunConfig
-    data: DataSet
-    workload: Workload
-
-    @property
-    def name(self) -> str:
-        return f"{self.storage}/checkpoints/{folder(self.step)}"
-
-
-def _locate(url: str) -> tuple[Storage, int | None]:
-    """A run's storage, and the step where the URL names a checkpoint of it."""
-    match = re.fullmatch(r"(.*?)/?checkpoints/step-(\d+)/?", url)
-    storage = Storage(match[1] or ".") if match else Storage(url)
-    try:
-        known = storage.exists("config.yaml")
-    except StorageError as error:
-        raise UserError(str(error)) from None
-    if not known:
-        raise UserError(
-            f"{url}: no run there: give the URL of a run (it holds config.yaml) or of one of its checkpoints"
-        )
-    return storage, int(match[2]) if match else None
-
-
-def _history(storage: Storage) -> Tracker:
-    """What a run has logged."""
-    tracker = Tracker(MetricLog(storage), TrackerConsole(None))
-    tracker.records = [record for segment in tracker.log_.segments() for record in tracker.log_.read(segment)]
-    return tracker
-
-
-def _choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: Workload | None) -> int:
-    steps = store.steps()
-    if not steps:
-        raise UserError(f"{storage}: the run has no committed checkpoint")
-    if step is not None and step not in steps:
-        raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
-    if step is None and best is not None:
-        step = _history(storage).best(best.headline, best.maximise, steps)
-    return steps[-1] if step is None else step
-
-
-def _open(
-    url: str, *, step: int | None = None, best: bool = False, split: str = "auto", root: str | None = None
-) -> Trained:
-    """Open a checkpoint with the data set it was trained on; raises UserError."""
-    storage, named = _locate(url)
-    stored = runs.load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
-    data = runs.open_run_data(stored, root, None if split == "auto" else split)
-    workload = runs.build_workload(stored, data)
-    store = CheckpointStore(storage.at("checkpoints"))
-    step = _choose_step(storage, store, step if step is not None else named, workload if best else None)
-    try:
-        load_weights(workload, store.load(step, ["weights"]).groups["weights"])
-    except Damaged as error:
-        raise UserError(
-            f"{storage}/checkpoints/{folder(step)} is damaged: {error}: choose another with --step"
-        ) from None
-    return Trained(storage, step, stored, data, workload)
-
-
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="RUN", help="URL of a run, or of a checkpoint in it")
     parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--best", action="store_true", help="the checkpoint with the best evaluation")
-    parser.add_argument("--data-root", metavar="DIR", help="where the data is, if not where the run found it")
 
 
 def evaluate(words: Sequence[str]) -> int:
     parser = _Parser("python -m trainer evaluate", description="Evaluate a checkpoint; every sample counts once.")
     _checkpoint_arguments(parser)
+    parser.add_argument("--data-root", metavar="DIR", help="where the data is, if not where the run found it")
     parser.add_argument(
         "--split", metavar="NAME", default="auto", choices=["auto", "val", "test", "train"],
         help="val | test | train (default: the split that the run evaluated)",
@@ -189,23 +126,27 @@ def evaluate(words: Sequence[str]) -> int:
         help="auto | cpu; auto is the accelerator where there is one (default: auto)",
     )  # fmt: skip
     given = parser.parse_args(words)
-    trained = _open(
-        given.checkpoint, step=given.step, best=given.best, split=given.split, root=given.data_root
-    )  # fmt: skip
+    trained = open_run(given.checkpoint, step=given.step, best=given.best)
     config, workload = trained.config, trained.workload
+    data = parts.open_run_data(config, given.data_root, None if given.split == "auto" else given.split)
+    workload.data = data.description  # the networks stay as they are, but this split may have another size
+    judge = open_judge(config, data.description) if workload.generates else None
+    workload.quality = judge
     place = Place.from_environment()
     with Runtime(place, device=given.device, precision=config.precision, threads=config.threads) as runtime:
         runtime.prepare(workload, config.channels_last, False)
-        plan = runs.build_plan(config, len(trained.data.train), workload.group, 1)
-        loader = runs.build_loader(config, trained.data, workload, plan, runtime)
+        plan = parts.build_plan(config, len(data.train), workload, 1)
+        loader = parts.build_loader(config, data, workload, plan, runtime)
         engine = Engine(
-            runtime, TrainState(workload), loader, Silent(), runs.SilentSaver(),
-            runs.build_limits(config, plan.batch_size, plan.size), lambda step: 1.0, config.seed,
+            runtime, TrainState(workload), loader, Silent(), SilentSaver(),
+            parts.build_limits(config, plan.batch_size, plan.size), lambda step: 1.0, config.seed,
         )  # fmt: skip
+        if judge is not None:
+            judge.prepare(loader, runtime)
         if not engine.evaluate():
             return 1
         if runtime.main:
-            split = trained.data.split
+            split = data.split
             say(json.dumps({**engine.metrics, "split": split, "samples": loader.evaluation_samples,
                             "step": trained.step, "checkpoint": trained.name}))  # fmt: skip
     return 0
@@ -230,9 +171,9 @@ def _image_paths(names: Sequence[str]) -> list[Path]:
 @torch.no_grad()
 def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
     """(N, classes) float32 for image files, prepared as the held-out data is."""
-    data = trained.data.description
+    data = trained.data
     plain = Data(name=trained.config.data.name)
-    crop = Crop(plain, data.size, 0, train=False, photographs=trained.data.photographs)
+    crop = Crop(plain, data.size, 0, train=False, photographs=data.photographs)
     normalise = Augment(plain, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
     network = trained.workload.eval().inference().eval()
     found = []
@@ -258,8 +199,10 @@ def predict(words: Sequence[str]) -> int:
     if given.top < 1 or given.batch_size < 1:
         raise UserError("predict: --top and --batch-size must be 1 or more")
     paths = _image_paths(given.images)
-    trained = _open(given.checkpoint, step=given.step, best=given.best, root=given.data_root)
-    names = trained.data.description.classes
+    trained = open_run(given.checkpoint, step=given.step, best=given.best)
+    if trained.workload.generates:
+        raise UserError(f"{given.checkpoint}: {trained.config.workload.name} labels nothing: give a classifier's run")
+    names = trained.data.classes
     best = _probabilities(trained, paths, given.batch_size).topk(min(given.top, len(names)))
     table = Table(box=None, pad_edge=False)
     table.add_column("image", overflow="fold")
@@ -276,6 +219,69 @@ def predict(words: Sequence[str]) -> int:
     return 0
 
 
+def _class_of(name: str | None, trained: Trained) -> int | None:
+    """The label of a class given by name or number."""
+    if name is None:
+        return None
+    classes = trained.data.classes
+    if not getattr(trained.workload, "conditional", False):
+        raise UserError(
+            f"--class: {trained.config.workload.name} does not generate by class: leave it out, or use biggan"
+        )
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    near = difflib.get_close_matches(name, classes, 3) or classes[:10]
+    raise UserError(f"--class: {name!r} is not known; classes of {trained.data.name}: {', '.join(near)}")
+
+
+def sample(words: Sequence[str]) -> int:
+    parser = _Parser("python -m trainer sample", description="Generate images: a grid, or a file each.")
+    _checkpoint_arguments(parser)
+    parser.add_argument("--count", metavar="N", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the latents (default: 0)")
+    parser.add_argument(
+        "--truncation", metavar="X", type=float,
+        help="draw latents from within so many standard deviations: less varied, more typical (default: from all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class", metavar="NAME", dest="label", help="name or number of the class (default: all in turn)"
+    )
+    parser.add_argument(
+        "--out", metavar="PATH", default="samples.png",
+        help="FILE.png for a grid, else a folder for a file each; may be a URL (default: samples.png)",
+    )  # fmt: skip
+    given = parser.parse_args(words)
+    if given.count < 1 or (given.truncation is not None and given.truncation <= 0):
+        raise UserError("sample: --count must be 1 or more and --truncation above 0")
+    trained = open_run(given.checkpoint, step=given.step, best=given.best)
+    workload = trained.workload.eval()
+    if not workload.generates:
+        raise UserError(f"{given.checkpoint}: {trained.config.workload.name} generates nothing: give the run of a GAN")
+    label = _class_of(given.label, trained)
+    found = []
+    for start in range(0, given.count, 256):
+        rows = slice(start, min(start + 256, given.count))
+        found.append(
+            workload.samples(Draws(given.seed, ("sample",), rows, torch.device("cpu")), label, given.truncation)
+        )
+    samples = torch.cat([images for images in found if isinstance(images, Tensor)])
+    folder_name, _, name = given.out.rpartition("/")
+    if name.lower().endswith(".png"):
+        title = f"{trained.data.name}, {trained.config.workload.name}, step {trained.step}"
+        Storage(folder_name or ".").write(name, pictures.render(pictures.from_samples(samples, title)))
+        say(f"{given.count} samples of step {trained.step}: {given.out}")
+        return 0
+    if trained.data.mixture:
+        raise UserError(f"--out: {given.out!r}: points are not images: give a FILE.png")
+    target = Storage(given.out)
+    for index, image in enumerate(samples):
+        target.write(f"{index:05d}.png", pictures.plain(image))
+    say(f"{given.count} samples of step {trained.step}: {given.out.rstrip('/')}/00000.png and on")
+    return 0
+
+
 def export(words: Sequence[str]) -> int:
     parser = _Parser("python -m trainer export", description="Write a checkpoint's network for use elsewhere.")
     _checkpoint_arguments(parser)
@@ -285,44 +291,45 @@ def export(words: Sequence[str]) -> int:
         help="safetensors: weights and config.json | torch: a torch.export program | onnx (default: safetensors)",
     )  # fmt: skip
     given = parser.parse_args(words)
-    trained = _open(given.checkpoint, step=given.step, best=given.best, root=given.data_root)
+    trained = open_run(given.checkpoint, step=given.step, best=given.best)
     target = Path(given.to)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to: {given.to!r} cannot be made: {error.strerror}") from None
     network = trained.workload.eval().inference().eval().float()
-    data = trained.data.description
-    example = torch.randn(2, *data.shape, generator=torch.Generator().manual_seed(0))
+    example = trained.workload.example()
     writers = {"safetensors": _export_safetensors, "torch": _export_torch, "onnx": _export_onnx}
     for kind in given.format:
         say(f"{kind:<12} {writers[kind](network, trained, example, target)}")
     return 0
 
 
-def _export_safetensors(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
+def _export_safetensors(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
     from safetensors.torch import save_file
 
-    data = trained.data.description
+    data = trained.data
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
     about = {
         "workload": trained.config.workload.model_dump(mode="json"),
-        "input": {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
+        "input": {"shapes": [["batch", *tensor.shape[1:]] for tensor in example]}
+        if trained.workload.generates
+        else {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
         "classes": data.classes, "data": data.name, "checkpoint": trained.name,
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(about, indent=1) + "\n")
     return f"{target / 'weights.safetensors'}, {target / 'config.json'}"
 
 
-def _export_torch(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+def _export_torch(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
+    program = torch.export.export(network, example, dynamic_shapes=_any_batch(example))
     path = target / "model.pt2"
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
-    return f"{path}; logits differ by {_difference(network, loaded, example)}"
+    return f"{path}; outputs differ by {_difference(network, loaded, example)}"
 
 
-def _export_onnx(network: nn.Module, trained: Trained, example: Tensor, target: Path) -> str:
+def _export_onnx(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
@@ -332,11 +339,13 @@ def _export_onnx(network: nn.Module, trained: Trained, example: Tensor, target: 
     import logging
 
     path = target / "model.onnx"
+    generates = trained.workload.generates
+    names = ["latents", "labels"][: len(example)] if generates else ["images"]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         torch.onnx.export(
-            network, (example,), str(path), input_names=["images"], output_names=["logits"], dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), external_data=False, verbose=False,
+            network, example, str(path), input_names=names, output_names=["images" if generates else "logits"],
+            dynamo=True, dynamic_shapes=_any_batch(example), external_data=False, verbose=False,
         )  # fmt: skip
     try:
         import onnxruntime
@@ -344,15 +353,19 @@ def _export_onnx(network: nn.Module, trained: Trained, example: Tensor, target: 
         return f"{path}; not compared, for onnxruntime is not installed"
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def other(images: Tensor) -> Any:
-        return session.run(None, {"images": images.numpy()})[0]
+    def other(*inputs: Tensor) -> Any:
+        return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})[0]
 
-    return f"{path}; logits differ by {_difference(network, other, example)}"
+    return f"{path}; outputs differ by {_difference(network, other, example)}"
 
 
 @torch.no_grad()
-def _difference(network: nn.Module, other: Any, example: Tensor) -> str:
-    return f"{float((network(example) - torch.as_tensor(other(example))).abs().max()):.1e} at most"
+def _difference(network: nn.Module, other: Any, example: Inputs) -> str:
+    return f"{float((network(*example) - torch.as_tensor(other(*example))).abs().max()):.1e} at most"
+
+
+def _any_batch(example: Inputs) -> tuple[dict[int, Any], ...]:
+    return tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
 
 
 def checkpoints(words: Sequence[str]) -> int:
@@ -366,7 +379,7 @@ def checkpoints(words: Sequence[str]) -> int:
         "--keep", metavar="N", type=int, default=3, help="prune: keep the newest N, and the best (default: 3)"
     )
     given = parser.parse_args(words)
-    storage, step = _locate(given.run)
+    storage, step = locate(given.run)
     store = CheckpointStore(storage.at("checkpoints"))
     if given.action == "prune":
         if given.keep < 1:
@@ -378,7 +391,7 @@ def checkpoints(words: Sequence[str]) -> int:
                 state = store.load(steps[-1], []).state
             except Damaged as error:
                 raise UserError(f"{folder(steps[-1])} is damaged, so nothing was deleted: {error}") from None
-            best = _history(storage).best(state["headline"], state["maximise"], steps)
+            best = history(storage).best(state["headline"], state["maximise"], steps)
         deleted = store.prune(given.keep, lambda saved: saved == best)
         say(f"deleted {len(deleted)}, kept {len(store.steps())}: {', '.join(map(folder, store.steps()))}")
         return 0

@@ -29,6 +29,7 @@ from pydantic_settings import (
 PROTOCOLS = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "ssh", "sftp", "webdav")
 DATA_SETS = (
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "lsun", "imagenet", "folder", "shards", "fake",
+    "ring8", "grid25", "stacked_mnist",
 )  # fmt: skip
 _UNITS = {
     "step": "steps", "epoch": "epochs", "sample": "samples",
@@ -154,8 +155,8 @@ class DataOptions(Options):
 
 
 class OptimizerOptions(Options):
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    """SGD, Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019)."""
+    name: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
+    """SGD, Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019) or RMSprop (Hinton 2012)."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     momentum: float = Field(0.0, ge=0, lt=1)
@@ -222,6 +223,36 @@ class LogOptions(Options):
     """How often to log loss, learning rate and speed."""
 
 
+class SamplesOptions(Options):
+    every: Interval = "1 epoch"
+    """How often to draw the grid of generated samples, always from the same latents; the end of training does too."""
+    count: int = Field(64, ge=1, le=1024)
+    """Samples in the grid."""
+
+
+class MetricsOptions(Options):
+    """How generated images are judged, against as many held-out ones."""
+
+    features: str = "pixels"
+    """What they are compared by: pixels (8x8), the URL of a run that trained a classifier, or inception:FILE, the
+    weights of torch-fidelity's Inception. The name of every score says which."""
+    neighbours: int = Field(5000, ge=6)
+    """Samples for KID, precision, recall, density and coverage, which compare every pair."""
+    cache: str | None = None
+    """Folder or URL that keeps the statistics of the real images. Default: they are taken anew in every life."""
+
+
+class HealthOptions(Options):
+    """What to do when a generator collapses or does not converge."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """warn: go on; stop: end the run; rollback: go on from the best checkpoint with other noise and a lower rate."""
+    rollbacks: int = Field(2, ge=1, le=100)
+    """rollback only: how many times; after that the run stops."""
+    lr_factor: float = Field(0.5, gt=0, le=1)
+    """rollback only: what the learning rates are multiplied by, each time."""
+
+
 class WandbOptions(Options):
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: what WANDB_MODE says, else online when logged in, else offline."""
@@ -284,6 +315,9 @@ class RunConfig(_Checked, BaseSettings):
     evaluate: EvaluateOptions = EvaluateOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+    samples: SamplesOptions = SamplesOptions()
+    metrics: MetricsOptions = MetricsOptions()
+    health: HealthOptions = HealthOptions()
     wandb: WandbOptions = WandbOptions()
     run: RunOptions = RunOptions()
 
@@ -307,7 +341,8 @@ class RunConfig(_Checked, BaseSettings):
 
 # Settings that may differ when a run is resumed, because they do not change what is computed from there on.
 SAFE_TO_CHANGE = (
-    "duration", "evaluate", "checkpoint", "log", "wandb", "run", "threads", "data.root", "data.download",
+    "duration", "evaluate", "checkpoint", "log", "samples", "metrics", "health", "wandb", "run", "threads",
+    "data.root", "data.download",
     "data.workers", "data.resident", "data.bad_images",
 )  # fmt: skip
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from . import run as runs
 from .config import RunConfig, UserError, data_root, dump
 from .data.sources import DataSet
+from .parts import build_plan, build_workload, open_run_data, run_url
 from .randomness import Draws
 from .runtime import LaunchError, cores
 from .storage import Storage, StorageError
@@ -75,7 +75,7 @@ class _Doctor:
         return f"Python {platform.python_version()}, {versions}; {cores()} cores, {gpus}"
 
     def open_data(self) -> str:
-        self.data = runs.open_run_data(self.config)
+        self.data = open_run_data(self.config)
         d = self.data.description
         return (
             f"{d.name}: {d.training:,} samples, {d.evaluated:,} held out ({self.data.split}), "
@@ -83,14 +83,14 @@ class _Doctor:
         )
 
     def storage(self) -> str:
-        storage = Storage(runs.run_url(self.config, self.name))
+        storage = Storage(run_url(self.config, self.name))
         storage.probe()
         return f"{storage}: may write, list, read and delete"
 
     def network(self) -> str:
         assert self.data is not None
-        workload = runs.build_workload(self.config, self.data)
-        runs.build_plan(self.config, len(self.data.train), workload.group, self.ranks)
+        workload = build_workload(self.config, self.data.description)
+        build_plan(self.config, len(self.data.train), workload, self.ranks)
         count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
         self.workload = workload
         return f"{self.config.workload.name}: {count:,} parameters, phases {', '.join(p.name for p in workload.phases)}"

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Protocol
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .randomness import Draws
+from .metrics.health import HEALTHY, Verdict, Watch
+from .randomness import Draws, key
 from .runtime import PhaseModule, Runtime
 from .schedule import Schedule
 from .state import Groups, TrainState
@@ -34,6 +35,7 @@ class Loader(Protocol):
     def train(self, first: int) -> Iterator[MicroBatches]: ...
     def evaluate(self) -> Iterator[tuple[slice, Batch]]: ...
     def faults(self) -> list[str]: ...  # the samples that this rank could not read
+    def pixels(self, ids: Iterable[int]) -> Tensor: ...  # held-out images in [0, 1]
 
 
 class Tracker(Protocol):
@@ -43,12 +45,14 @@ class Tracker(Protocol):
     def log(self, step: int, kind: str, values: Metrics) -> None: ...
     def note(self, text: str) -> None: ...
     def cut(self, step: int) -> None: ...
+    def health(self, verdict: Verdict) -> None: ...
 
 
 class Saver(Protocol):
-    """Takes checkpoints on the first rank."""
+    """Takes checkpoints and samples on the first rank."""
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None: ...
+    def show(self, step: int, samples: Tensor | str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,15 @@ class Limits:
     save: Cadence
     save_seconds: float | None
     keep: Cadence  # checkpoints to keep for ever
+    samples: Cadence = Cadence(None)
+    shown: int = 64  # samples
+    heed: bool = False  # whether to end training when it is not healthy
     faults: int = 0  # bad samples that a run may meet
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended. `status` is done, preempted, non_finite or bad_data."""
+    """How training ended. `status` is done, preempted, bad_data, non_finite, or what else the watch has found."""
 
     status: str
     step: int
@@ -88,6 +95,7 @@ class Outcome:
     metrics: Metrics = field(default_factory=dict)  # of the last evaluation
     samples_per_second: float = 0.0
     totals: Totals = field(default_factory=dict, repr=False)  # what `metrics` were made from
+    health: Verdict = HEALTHY
 
 
 class Meter:
@@ -133,9 +141,11 @@ class Engine:
     limits: Limits
     schedule: Schedule
     seed: int
+    attempt: int = 0  # how often the run went back to a checkpoint; each attempt has other noise
     clip_norm: float | None = None
     evaluated: int = -1  # the step of the last evaluation
     metrics: Metrics = field(default_factory=dict)  # of the last evaluation
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         self.workload: Workload = self.state.workload
@@ -144,6 +154,7 @@ class Engine:
         assert len(owned) == len(set(owned)), "two phases train one parameter: DDP would reduce its gradient twice"
         self.samples_per_step = self.workload.reads * self.loader.batch_size
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
+        self.noise = key(self.seed, "attempt", self.attempt) if self.attempt else self.seed
         self.meter = Meter()
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.saved = -1
@@ -158,8 +169,12 @@ class Engine:
         clock = _Clock(state.seconds, state.step)
         self.workload.train()
         while True:
+            if limits.samples.due(state.step):
+                self.sample(clock)
             if limits.evaluate.due(state.step) and self.evaluated != state.step and not self.evaluate(clock):
                 return self.leave("preempted", clock)
+            if limits.heed and self.watch.verdict.state != "healthy":
+                return self.leave(self.watch.verdict.state, clock)
             due = state.step % self.poll_every == 0
             stop, save, finish, faults = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
             if stop or finish or state.step == limits.total_steps:
@@ -176,6 +191,8 @@ class Engine:
             if (save or limits.save.due(state.step)) and not self.save(clock):
                 return self.outcome("non_finite", clock)
             self.tracker.progress(state.step)
+        if (finish or state.step == limits.total_steps) and not limits.samples.due(state.step):
+            self.sample(clock)
         if stop or (self.evaluated != state.step and not self.evaluate(clock)):
             return self.leave("preempted", clock)
         return self.outcome("bad_data", clock) if self.bad_data() else self.leave("done", clock)
@@ -212,7 +229,7 @@ class Engine:
         runtime, last = self.runtime, len(micro_batches) - 1
         steering: Scalars = {}
         for index, (rows, batch) in enumerate(micro_batches):
-            draws = Draws(self.seed, (*scope, index), rows, runtime.device, runtime.dtype)
+            draws = Draws(self.noise, (*scope, index), rows, runtime.device, runtime.dtype)
             share = (rows.stop - rows.start) / self.loader.batch_size
             with _NOTHING if index == last else runtime.no_sync(loss):
                 with runtime.autocast():
@@ -260,6 +277,7 @@ class Engine:
         if memory := self.runtime.memory():
             values["gpu_memory_bytes"] = memory
         self.tracker.log(step, "train", values)
+        self.look("train", means)
         return all(map(math.isfinite, means.values()))
 
     @torch.no_grad()
@@ -272,13 +290,13 @@ class Engine:
         clock.start()
         self.workload.eval()
         with runtime.averaged(buffers):
-            for index, (rows, batch) in enumerate(self.loader.evaluate()):
+            for rows, batch in self.loader.evaluate():
                 if runtime.stopping():
                     self.workload.train()
                     return False
                 if rows.start == rows.stop:  # the last batch may have fewer rows than there are ranks
                     continue
-                draws = Draws(self.seed, ("evaluate", index), rows, runtime.device, runtime.dtype)
+                draws = Draws(self.seed, ("evaluate",), rows, runtime.device, runtime.dtype)
                 with runtime.autocast():
                     found = self.workload.evaluate(batch, draws)
                 found["seen"] = torch.bincount(batch["id"], minlength=self.loader.evaluation_samples)
@@ -288,12 +306,37 @@ class Engine:
         self.totals = runtime.total(totals)
         seen = self.totals.pop("seen")
         assert (seen == 1).all(), f"{int((seen != 1).sum())} samples were not evaluated exactly once"
-        self.metrics = self.workload.report(self.totals)
+        # On one rank: some metrics take long, and all ranks must come to the same conclusions from them.
+        self.metrics = runtime.broadcast(self.workload.report(self.totals) if runtime.main else {})
         self.evaluated = step
         clock.stop_elsewhere()
         epoch = step * self.samples_per_step / self.loader.epoch_samples
         self.tracker.log(step, "evaluate", {"epoch": epoch, **self.metrics})
+        self.look("evaluate", self.metrics)
         return True
+
+    @torch.no_grad()
+    def sample(self, clock: _Clock) -> None:
+        """Show what the first rank's networks generate from latents that are always the same."""
+        clock.start()
+        if self.runtime.main:
+            self.workload.eval()
+            with self.runtime.autocast():
+                samples = self.workload.samples(self.fixed_draws())
+            self.workload.train()
+            if samples is not None:
+                self.saver.show(self.state.step, samples)
+        clock.stop_elsewhere()
+
+    def fixed_draws(self) -> Draws:
+        runtime = self.runtime
+        return Draws(self.seed, ("samples",), slice(0, self.limits.shown), runtime.device, runtime.dtype)
+
+    def look(self, kind: str, values: Metrics) -> None:
+        """Tell when the watch changes its mind; the same on every rank, since they see the same numbers."""
+        before = self.watch.verdict
+        if (verdict := self.watch.see(self.state.step, kind, values)) != before:
+            self.tracker.health(verdict)
 
     def save(self, clock: _Clock) -> bool:
         """Snapshot at this boundary; writing goes on in the background. False where the state is not finite."""
@@ -350,8 +393,9 @@ class Engine:
             "preempted": f"stopped by {next(signals, 'a signal')}; the same command goes on from here",
             "non_finite": "the loss is not a finite number: lower optimizer.lr or set optimizer.clip_norm",
             "bad_data": "too many samples could not be read",
-        }[status]
-        return Outcome(status, self.state.step, reason, self.metrics, clock.speed(self.samples_per_step), self.totals)
+        }.get(status, self.watch.verdict.reason)
+        speed = clock.speed(self.samples_per_step)
+        return Outcome(status, self.state.step, reason, self.metrics, speed, self.totals, self.watch.verdict)
 
 
 POLL_SECONDS = 0.1  # how often the ranks ask each other whether to stop: small enough for any grace period

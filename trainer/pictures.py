@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .workload import ImageGrid, Matrix, Picture
+from .workload import ImageGrid, Matrix, Panels, Picture, Points
 
-BLUE, ORANGE, GREY = "#3465a4", "#d9730d", "#888888"
+BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
+TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the whole grid
 
 
 def _figure(width: float, height: float) -> Any:
@@ -47,8 +49,11 @@ def _panels(records: list[dict[str, Any]]) -> list[str]:
     return names[:9] or ["loss"]
 
 
-def learning_curves(records: list[dict[str, Any]], title: str) -> bytes:
-    """Every metric against the epoch; training and held-out values of one name share a panel."""
+def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[str, tuple[float, float]] = {}) -> bytes:
+    """Every metric against the epoch; training and held-out values of one name share a panel.
+
+    `bands` are where the values of a healthy run lie.
+    """
     names = _panels(records)
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -65,7 +70,9 @@ def learning_curves(records: list[dict[str, Any]], title: str) -> bytes:
                     *zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.3
                 )
             shown += finite
-        axes.set_title(name.replace("_", " "), fontsize=10)
+        if name in bands and shown:
+            axes.axhspan(*bands[name], color=GREEN, alpha=0.12, label="usual when stable")
+        axes.set_title(_short(name.replace("_", " "), 34), fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
@@ -74,7 +81,7 @@ def learning_curves(records: list[dict[str, Any]], title: str) -> bytes:
             axes.set_yscale("log")
         if not shown:
             axes.text(0.5, 0.5, "no finite value", ha="center", color=GREY, transform=axes.transAxes)
-        if len(axes.lines) > 1:
+        if len(axes.lines) + len(axes.patches) > 1:
             axes.legend(fontsize=8, frameon=False)
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
@@ -82,7 +89,74 @@ def learning_curves(records: list[dict[str, Any]], title: str) -> bytes:
 
 
 def render(picture: Picture) -> bytes:
-    return _matrix(picture) if isinstance(picture, Matrix) else _grid(picture)
+    if isinstance(picture, Matrix):
+        return _matrix(picture)
+    if isinstance(picture, Points):
+        return _points(picture)
+    if isinstance(picture, ImageGrid) and picture.captions:
+        return _grid(picture)
+    return _panels_of_tiles(picture.grids if isinstance(picture, Panels) else (picture,))
+
+
+def _points(points: Points) -> bytes:
+    """Real points below, generated ones above."""
+    figure = _figure(5, 5.2)
+    axes = figure.subplots()
+    axes.scatter(*points.real[:, :2].numpy().T, s=5, color=GREY, alpha=0.5, linewidths=0, label="real")
+    axes.scatter(*points.generated[:, :2].numpy().T, s=5, color=ORANGE, alpha=0.6, linewidths=0, label="generated")
+    axes.set_aspect("equal")
+    if len(points.real):
+        low, high = float(points.real.min()), float(points.real.max())
+        axes.set_xlim(low - 0.15 * (high - low), high + 0.15 * (high - low))
+        axes.set_ylim(*axes.get_xlim())
+    axes.set_axis_off()
+    axes.legend(fontsize=8, frameon=False, loc="upper center", ncols=2)
+    axes.set_title(points.title, fontsize=10)
+    return _png(figure)
+
+
+def _panels_of_tiles(grids: Sequence[ImageGrid]) -> bytes:
+    """Grids of pictures edge to edge, magnified by whole numbers, side by side below their titles."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, header = 12, 24
+    tiled = [_tiled(grid) for grid in grids]
+    width = sum(image.width for image in tiled) + gap * (len(tiled) + 1)
+    canvas = Image.new("RGB", (width, max(image.height for image in tiled) + header + gap), "white")
+    draw, font, x = ImageDraw.Draw(canvas), ImageFont.load_default(13), gap
+    for grid, image in zip(grids, tiled, strict=True):
+        draw.text((x, 5), _short(grid.title, max(image.width // 7, 12)), fill="black", font=font)
+        canvas.paste(image, (x, header))
+        x += image.width + gap
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _tiled(grid: ImageGrid) -> Any:
+    import torch
+    from PIL import Image
+
+    count, channels, height, width = grid.images.shape
+    columns = grid.columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    blank = torch.ones(rows * columns, channels, height + 1, width + 1)
+    blank[:count, :, :height, :width] = grid.images.float().nan_to_num().clamp(0, 1)
+    sheet = blank.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    pixels = (sheet[:-1, :-1].expand(-1, -1, 3) * 255).round().to(torch.uint8).numpy()
+    scale = max(1, math.ceil(TILE / height), math.ceil(SHEET / min(pixels.shape[:2])))
+    return Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
+
+
+def animation(frames: Sequence[bytes]) -> bytes:
+    """PNGs of one size as an animated GIF; the last one stays for a while."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    buffer = io.BytesIO()
+    durations = [150] * (len(images) - 1) + [2000]
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return buffer.getvalue()
 
 
 def _matrix(matrix: Matrix) -> bytes:
@@ -130,6 +204,19 @@ def _grid(grid: ImageGrid) -> bytes:
     return _png(figure)
 
 
-def from_samples(samples: Tensor, title: str) -> ImageGrid:
-    """Generated images (N, C, H, W) in [-1, 1] as a grid."""
-    return ImageGrid(samples.float().cpu() * 0.5 + 0.5, (), title)
+def plain(image: Tensor) -> bytes:
+    """One image (C, H, W) in [-1, 1] as a PNG of its own size."""
+    from PIL import Image
+
+    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy() if len(image) == 3 else pixels[..., 0].numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def from_samples(samples: Tensor, title: str) -> Picture:
+    """Generated images (N, C, H, W) in [-1, 1] as a grid; points as points."""
+    shown = samples.float().cpu() * 0.5 + 0.5
+    return (
+        Points(shown[:0].flatten(1), shown.flatten(1), title) if shown.shape[-1] == 1 else ImageGrid(shown, (), title)
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,15 @@ class Draws:
     rows: slice  # this rank's rows of the micro-batch
     device: torch.device
     dtype: torch.dtype = torch.float32
+
+    @property
+    def step(self) -> int:
+        """The training step; 0 outside of training."""
+        return self.scope[0] if isinstance(self.scope[0], int) else 0
+
+    def of(self, count: int) -> Draws:
+        """The same draws for the rows 0..count-1."""
+        return replace(self, rows=slice(0, count))
 
     def _blocks(self, name: str) -> tuple[list[torch.Generator], slice]:
         first, last = self.rows.start // BLOCK, max(self.rows.stop - 1, self.rows.start) // BLOCK

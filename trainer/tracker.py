@@ -20,12 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from .metrics.health import Verdict
 from .storage import Storage, StorageError
 
 Metrics = dict[str, float]
 TIMING = ("samples_per_second", "data_wait", "gpu_memory_bytes")  # what differs between two equal runs
 SHOWN = ("loss", "accuracy")  # ends of the names that the console shows; the log has all of them
-NOT_SHOWN = ("top5_accuracy",)
+NOT_SHOWN = ("top5_accuracy", "code_accuracy", "code_read_accuracy", "code_loss", "real_loss", "fake_loss")
+SHORT = {"discriminator_loss": "D loss", "discriminator_accuracy": "D accuracy", "generator_loss": "G loss",
+         "critic_loss": "C loss", "code_generated_accuracy": "code accuracy"}  # fmt: skip
 WIDTH = 80  # of a line on the console
 UPLOAD_SECONDS = 10.0
 
@@ -38,6 +41,7 @@ class Sink(Protocol):
 
     def log(self, records: list[dict[str, Any]]) -> None: ...
     def image(self, step: int, name: str, png: bytes) -> None: ...
+    def alert(self, title: str, text: str) -> None: ...
     def close(self, summary: dict[str, Any], failed: bool) -> None: ...
 
 
@@ -190,7 +194,9 @@ def value_text(name: str, value: float) -> str:
 def shown_text(values: Metrics) -> list[str]:
     """The values that the console shows, losses before accuracies, each with its name."""
     names = [name for end in SHOWN for name in values if name.endswith(end) and name not in NOT_SHOWN]
-    return [f"{name} {value_text(name, values[name])}" for name in names]
+    scores = [name for name in values if name.startswith("fid@") or name == "modes"]
+    shown = {name: SHORT.get(name, name.partition("@")[0]) for name in scores + names}
+    return [f"{label} {value_text(name, values[name])}" for name, label in shown.items()]
 
 
 class Console:
@@ -205,6 +211,7 @@ class Console:
         self._latest: Metrics = {}
         self._shown = 0.0
         self._bar: Any = None
+        self.health = "healthy"
 
     def start(self, step: int) -> None:
         """Training begins at this step."""
@@ -234,7 +241,8 @@ class Console:
 
     def _describe(self) -> str:
         rate = [rate_text(self._latest["samples_per_second"])] if "samples_per_second" in self._latest else []
-        return _line([self._where(), *shown_text(self._latest), *rate, self._remaining()], WIDTH - 6)
+        health = [] if self.health == "healthy" else [self.health.replace("_", " ")]
+        return _line([self._where(), *health, *shown_text(self._latest), *rate, self._remaining()], WIDTH - 6)
 
     def _remaining(self) -> str:
         done = self._step - self._first
@@ -284,6 +292,7 @@ class Silent:
     def log(self, step: int, kind: str, values: Metrics) -> None: ...
     def note(self, text: str) -> None: ...
     def cut(self, step: int) -> None: ...
+    def health(self, verdict: Verdict) -> None: ...
 
 
 @dataclass
@@ -343,6 +352,17 @@ class Tracker:
             _, records = self._pending.pop(0)
             for sink in self.sinks:
                 sink.log(records)
+
+    def health(self, verdict: Verdict) -> None:
+        """Say that training has become unhealthy, or healthy again."""
+        self.console.health = verdict.state
+        self.note(f"health at step {verdict.step}: {verdict.state}: {verdict.reason}")
+        for sink in self.sinks:
+            sink.alert(verdict.state, f"step {verdict.step}: {verdict.reason}")
+
+    def rewind(self) -> None:
+        """Forget what was logged and not committed: the run goes back to a checkpoint."""
+        self._pending.clear()
 
     def image(self, step: int, name: str, png: bytes) -> None:
         for sink in self.sinks:

@@ -126,6 +126,10 @@ class WandbSink:
     def image(self, step: int, name: str, png: bytes) -> None:
         self._queue.put({"image": {"name": name, "png": base64.b64encode(png).decode()}})
 
+    def alert(self, title: str, text: str) -> None:
+        self._queue.put({"alert": {"title": title, "text": text}})
+        self._wanted.set()
+
     def close(self, summary: dict[str, Any], failed: bool) -> None:
         """Wait, within the bounds, until W&B has everything."""
         self._queue.put({"close": {"summary": summary, "failed": failed}})
@@ -221,20 +225,29 @@ class Delivery:
                 }
                 self._run.log(values, step=self._position)
             self._position += 1
+        self._show()
 
     def image(self, name: str, png: str) -> None:
         self._pictures[name] = png
 
-    def close(self, summary: dict[str, Any], failed: bool) -> None:
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text)
+
+    def _show(self) -> None:
+        """Pictures join the last record, which W&B still holds back."""
         import wandb
         from PIL import Image
 
-        if self._position > self._known:  # pictures join the last record, which W&B still holds back
+        if self._position > self._known and self._pictures:
             images = {
                 f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(base64.b64decode(png))))
                 for name, png in self._pictures.items()
             }
             self._run.log(images, step=self._position - 1)
+            self._pictures = {}
+
+    def close(self, summary: dict[str, Any], failed: bool) -> None:
+        self._show()
         self._run.summary.update(redacted(summary))
         problem = ""
         try:

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .randomness import Draws
 
-Batch = Mapping[str, Tensor]  # "image" (B, C, H, W) float, normalised; "label" (B,) int64; "id" (B,) int64
+Batch = Mapping[str, Tensor]  # "image" (B, C, H, W) float, normalised or in [-1, 1]; "label" and "id" (B,) int64
 Scalars = dict[str, Tensor]  # 0-d, detached; stays on the device until it is logged
 Totals = dict[str, Tensor]  # sums and counts: may be added over batches and over ranks
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Points in the plane around known centres: what tells how many modes a generator has found."""
+
+    centres: tuple[tuple[float, float], ...]
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Description:
     std: tuple[float, ...]
     training: int  # samples to train on
     evaluated: int  # samples of the split that is evaluated; their ids are 0..evaluated-1
+    photographs: bool = False  # of many sizes, which are cropped
+    mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,11 +66,28 @@ class Phase:
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Pictures with a caption each. `images` are (N, C, H, W) in [0, 1]."""
+    """Pictures, with a caption each or edge to edge. `images` are (N, C, H, W) in [0, 1]."""
 
     images: Tensor
     captions: tuple[str, ...] = ()
     title: str = ""
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Grids beside each other."""
+
+    grids: tuple[ImageGrid, ...]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Real and generated points in the plane, each (N, 2) in [0, 1]."""
+
+    real: Tensor
+    generated: Tensor
+    title: str
 
 
 @dataclass(frozen=True)
@@ -72,16 +101,35 @@ class Matrix:
     column_axis: str
 
 
-Picture = ImageGrid | Matrix
+Picture = ImageGrid | Panels | Points | Matrix
+
+
+class Quality(Protocol):
+    """Judges generated images against real ones; given to workloads that generate images."""
+
+    headline: str  # the reported metric that picks the best checkpoint; smaller is better
+
+    def totals(self, images: Tensor, ids: Tensor) -> Totals:
+        """Sums over images (B, C, H, W) in [-1, 1]; each stands beside the held-out sample of that id."""
+
+    def report(self, totals: Totals) -> dict[str, float]: ...
+
+    def classify(self, images: Tensor) -> Tensor | None:
+        """The classes (B,) of images, where they are compared by the features of a classifier of their classes."""
 
 
 class Workload(nn.Module):
     """Its parameters and buffers are what is saved; nothing else may change while training."""
 
+    data: Description
     phases: tuple[Phase, ...]
     steering: tuple[str, ...] = ()  # scalars that after_step needs as means over the global batch, every step
     group: int = 1  # consecutive rows that must stay on one rank: mixup pairs, packing, minibatch deviation
+    whole_groups: bool = False  # whether the batch must be a multiple of that
     channels_last: bool = False  # whether this memory format makes the networks faster
+    symmetric: bool = False  # whether images come in [-1, 1], not normalised by the data set's mean and deviation
+    generates: bool = False  # whether `samples` gives images that have a quality
+    quality: Quality | None = None  # their judge
     headline: str = "loss"  # the reported metric that the progress bar shows and that picks the best checkpoint
     maximise: bool = False  # whether a larger headline is better
 
@@ -101,7 +149,7 @@ class Workload(nn.Module):
         """Metrics of the whole set from its totals, which are float64 and on the CPU."""
         raise NotImplementedError
 
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor]) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
         """What to show after the last evaluation; `images(ids)` gives samples of the evaluated split in [0, 1]."""
         return {}
 
@@ -109,6 +157,10 @@ class Workload(nn.Module):
         """The network that a user deploys, with averaged weights where there are some."""
         raise NotImplementedError
 
-    def samples(self, count: int) -> Tensor | str | None:
-        """Images (N, C, H, W) in [-1, 1] or text from fixed latents; None where a workload generates nothing."""
+    def example(self) -> tuple[Tensor, ...]:
+        """Inputs of `inference()` for two samples, float32."""
+        return (torch.rand(2, *self.data.shape, generator=torch.Generator().manual_seed(0)),)
+
+    def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor | str | None:
+        """As many images (N, C, H, W) in [-1, 1] as `draws` has rows, or text; None where nothing is generated."""
         return None

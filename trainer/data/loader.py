@@ -10,6 +10,7 @@ import itertools
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .sources import BadSample, DataSet, Encoded, Memory, Stored, decode
 from .transforms import Augment, Crop, apply_policy
 
 TOGETHER_BYTES = 4 << 20  # of float32 images that the resident path prepares at once
+HALF = (0.5,)  # mean and deviation that bring [0, 1] to [-1, 1]
 Sample = tuple[int, int]  # id and visit
 Read = tuple[Tensor, Tensor, Tensor, Tensor, list[str]]  # images, labels, ids, visits, what could not be read
 
@@ -120,17 +122,18 @@ class BatchLoader:
 
     def __init__(
         self, data: DataSet, plan: BatchPlan, options: DataOptions, *, rank: int, world: int, device: torch.device,
-        dtype: torch.dtype, channels_last: bool, evaluation_batch: int,
+        dtype: torch.dtype, channels_last: bool, evaluation_batch: int, symmetric: bool = False,
     ) -> None:  # fmt: skip
         self.data, self.plan, self.options = data, plan, options
         self.rank, self.world, self.device = rank, world, device
         self.batch_size, self.epoch_samples = plan.batch_size, plan.size
         self.evaluation_samples, self.evaluation_batch = data.description.evaluated, evaluation_batch
         size, seed = data.description.size, plan.seed
-        crops = [Crop(options, size, seed, train, data.photographs) for train in (True, False)]
+        description = replace(data.description, mean=HALF, std=HALF) if symmetric else data.description
+        crops = [Crop(options, size, seed, train, data.description.photographs) for train in (True, False)]
         self.readers = [Reader(data.train, crops[0]), Reader(data.held_out, crops[1])]
         self.augments = [
-            Augment(options, data.description, seed, train, device, dtype, channels_last) for train in (True, False)
+            Augment(options, description, seed, train, device, dtype, channels_last) for train in (True, False)
         ]
         self.problems: dict[str, None] = {}  # what could not be read, in the order of discovery
         if options.policy != "none":
@@ -228,19 +231,41 @@ class BatchLoader:
         return {"image": augment(pixels, ids, visits), "label": labels, "id": on_device}
 
     def evaluate(self) -> Iterator[tuple[slice, Batch]]:
-        """The held-out split in order, each sample once; the last batch may leave some ranks without rows."""
-        spans = []
-        for start in range(0, self.evaluation_samples, self.evaluation_batch):
-            count = min(self.evaluation_batch, self.evaluation_samples - start)
-            spans.append((start, share(count, self.rank, self.world)))
-        resident, augment = self.resident[1], self.augments[1]
+        """The held-out split in order, each sample once, with this rank's rows of the split.
+
+        The last batch may leave some ranks without rows.
+        """
+        return self._in_order(self.readers[1], self.resident[1], torch.arange(self.evaluation_samples))
+
+    def real(self, held_out: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the held-out images, or of as many training images, evenly spread and as they are.
+
+        Each batch comes with its places in the whole, which are the ids of held-out images.
+        """
+        count = self.evaluation_samples
+        if held_out:
+            batches = self.evaluate()
+        else:
+            count = min(count, self.epoch_samples)
+            ids = torch.arange(count) * self.epoch_samples // count
+            batches = self._in_order(Reader(self.data.train, self.readers[1].crop), self.resident[0], ids)
+        for rows, batch in batches:
+            if rows.start < rows.stop:
+                yield batch["image"], torch.arange(rows.start, rows.stop, device=self.device)
+
+    def _in_order(self, reader: Reader, resident: Memory | None, ids: Tensor) -> Iterator[tuple[slice, Batch]]:
+        """These samples without augmentation, and this rank's rows of them."""
+        spans, augment = [], self.augments[1]
+        for start in range(0, len(ids), self.evaluation_batch):
+            rows = share(min(self.evaluation_batch, len(ids) - start), self.rank, self.world)
+            spans.append(slice(start + rows.start, start + rows.stop))
         if resident is not None:
-            for start, rows in spans:
-                yield rows, self._index(resident, augment, torch.arange(start + rows.start, start + rows.stop), None)
+            for rows in spans:
+                yield rows, self._index(resident, augment, ids[rows], None)
             return
-        wanted = [[(i, 0) for i in range(start + rows.start, start + rows.stop)] for start, rows in spans]
-        reads = self._stream(self.readers[1], (samples for samples in wanted if samples))
-        for (_, rows), samples in zip(spans, wanted, strict=True):
+        wanted = [[(i, 0) for i in ids[rows].tolist()] for rows in spans]
+        reads = self._stream(reader, (samples for samples in wanted if samples))
+        for rows, samples in zip(spans, wanted, strict=True):
             yield rows, self._send(augment, next(reads)) if samples else {}
 
     def pixels(self, ids: Iterable[int]) -> Tensor:

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import re
 import struct
 import tarfile
@@ -23,7 +24,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ..config import DataOptions, UserError
-from ..workload import Description
+from ..workload import Description, Mixture
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -36,7 +37,7 @@ class BadSample(Exception):
 
 @dataclass(frozen=True)
 class Memory:
-    """A split that is one tensor: images (N, C, H, W) uint8, labels (N,) int64."""
+    """A split that is one tensor: images (N, C, H, W) uint8, or float in the same range; labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -82,7 +83,6 @@ class DataSet:
     train: Memory | Stored
     held_out: Memory | Stored
     split: str  # which split is held out
-    photographs: bool = False  # images of many sizes, to be cropped
 
 
 def spread(data: DataSet, count: int) -> DataSet:
@@ -99,6 +99,7 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
     kind: Callable[[DataOptions, str, str], DataSet] = {
         "digits": _digits, "mnist": _idx, "fashion_mnist": _idx, "cifar10": _cifar, "cifar100": _cifar,
         "lsun": _lsun, "imagenet": _imagenet, "folder": _folder, "shards": _shards, "fake": _fake,
+        "ring8": _points, "grid25": _points, "stacked_mnist": _stacked,
     }[options.name]  # fmt: skip
     try:
         data = kind(options, root, split)
@@ -199,6 +200,48 @@ def _idx(options: DataOptions, root: str, split: str) -> DataSet:
             raise UserError(f"data.root: {raw}: {part} has label {int(labels.max())}, but labels end at 9")
         splits[name] = Memory(images, labels)
     return _in_memory(options, split, splits, classes, [mean], [std])
+
+
+def _points(options: DataOptions, root: str, split: str) -> DataSet:
+    """Eight Gaussians on the unit circle, or 25 on a grid: 100,000 points, 2,500 held out (Lin et al. 2018)."""
+    if options.name == "ring8":
+        angles = [2 * math.pi * i / 8 for i in range(8)]
+        mixture = Mixture(tuple((math.cos(a), math.sin(a)) for a in angles), 0.01)
+    else:
+        side = (-4.0, -2.0, 0.0, 2.0, 4.0)
+        mixture = Mixture(tuple((x, y) for x in side for y in side), 0.05)
+    centres = torch.tensor(mixture.centres)
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count: int) -> Memory:
+        labels = torch.arange(count) * len(centres) // count
+        points = centres[labels] + mixture.deviation * torch.randn((count, 2), generator=generator)
+        return Memory((points + 1)[:, :, None, None] * 127.5, labels)  # which come to the networks as they are
+
+    splits = {"train": part(100_000), "test": part(2500)}
+    names = [f"mode {i}" for i in range(len(centres))]
+    data = _in_memory(options, split, splits, names, [0.5, 0.5], [0.5, 0.5])
+    return replace(data, description=replace(data.description, mixture=mixture))
+
+
+def _stacked(options: DataOptions, root: str, split: str) -> DataSet:
+    """Three random digits of MNIST as the colours of an image: 1,000 modes (Metz et al. 2017).
+
+    60,000 images to train on; 26,000 of other digits are held out, as many as Srivastava et al. 2017 generate.
+    """
+    digits = _idx(options.model_copy(update={"name": "mnist"}), root, "test")
+    generator = torch.Generator().manual_seed(0)
+
+    def part(source: Memory, count: int) -> Memory:
+        picks = torch.randint(len(source), (count, 3), generator=generator)
+        labels = (source.labels[picks] * torch.tensor([100, 10, 1])).sum(1)
+        return Memory(source.images[picks, 0], labels)
+
+    assert isinstance(digits.train, Memory)
+    assert isinstance(digits.held_out, Memory)
+    splits = {"train": part(digits.train, 60_000), "test": part(digits.held_out, 26_000)}
+    names = [f"{i:03d}" for i in range(1000)]
+    return _in_memory(options, split, splits, names, [0.1307] * 3, [0.3081] * 3)
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:
@@ -407,7 +450,7 @@ def _folder(options: DataOptions, root: str, split: str) -> DataSet:
 def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, held_out: Stored, split: str) -> DataSet:
     mean, std = IMAGENET if options.channels == 3 else ((0.449,), (0.226,))
     description = _describe(options.name, classes, options.size or 224, mean, std, train, held_out)
-    return DataSet(description, train, held_out, split, photographs=True)
+    return DataSet(replace(description, photographs=True), train, held_out, split)
 
 
 def _imagenet(options: DataOptions, root: str, split: str) -> DataSet:

@@ -24,5 +24,7 @@ def build(options: OptimizerOptions, *networks: nn.Module) -> torch.optim.Optimi
         return torch.optim.SGD(
             groups, lr=options.lr, momentum=options.momentum, nesterov=options.nesterov, fused=True
         )  # fmt: skip
+    if options.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=options.lr, alpha=0.99, eps=options.eps, foreach=True)
     kind = torch.optim.Adam if options.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=0.0, fused=True)

@@ -149,7 +149,7 @@ class Classifier(Workload):
             metrics["top5_accuracy"] = float(totals["top5"].mean())
         return metrics
 
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor]) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
         names = self.data.classes
         found: dict[str, Picture] = {}
         label, prediction = totals["label"].long(), totals["prediction"].long()

@@ -1,0 +1,1 @@
+"""How good generated samples are, and whether training is healthy."""

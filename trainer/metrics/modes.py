@@ -1,0 +1,30 @@
+"""How many of the modes that are known to be there a generator has found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..workload import Mixture, Totals
+
+
+def mixture_totals(points: Tensor, mixture: Mixture) -> Totals:
+    """Counts over points (B, 2): by mode, of those within three deviations of its centre (Lin et al. 2018)."""
+    centres = torch.tensor(mixture.centres, dtype=torch.float64, device=points.device)
+    distance, mode = torch.cdist(points.double(), centres).min(1)
+    near = distance <= 3 * mixture.deviation
+    return {
+        "modes": torch.bincount(mode, near.double(), minlength=len(centres)),
+        "nearest": torch.bincount(mode, minlength=len(centres)).double(),
+    }
+
+
+def report(totals: Totals) -> dict[str, float]:
+    """Modes with a sample of high quality, the share of such samples, and KL(generated || all modes alike) in nats."""
+    high, nearest = totals["modes"], totals["nearest"]
+    shares = nearest / nearest.sum()
+    return {
+        "modes": float((high > 0).sum()),
+        "high_quality": float(high.sum() / nearest.sum()),
+        "reverse_kl": float(torch.xlogy(shares, shares * len(shares)).sum()),
+    }

@@ -1,0 +1,214 @@
+"""The judge of generated images: real ones beside them, the extractor of a config, the scores of an evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .config import RunConfig, UserError
+from .data.loader import BatchLoader
+from .metrics import frechet, modes
+from .metrics.features import Features, Inception, Penultimate, PerChannel, Pixels
+from .runtime import Runtime
+from .storage import Storage, StorageError
+from .trained import open_run
+from .workload import Description, Totals
+
+PIECES = 4  # along a side, that the control shuffles
+
+
+class Judge:
+    """Scores fakes against real held-out samples, as many of each; `prepare` must come first.
+
+    Beside the scores stand two controls, both of real images: the floor is the distance of as many training images,
+    which no generator should beat by much; `shuffled` is that of held-out images whose pieces changed places.
+    """
+
+    def __init__(self, features: Features, data: Description, neighbours: int, cache: str | None = None) -> None:
+        self.features, self.data, self.cache = features, data, cache
+        self.kept = min(neighbours, data.evaluated)  # rows of the tables for KID and the neighbour scores
+        self.headline = f"fid@{features.label}"
+        self.controls: dict[str, float] = {}
+
+    def totals(self, images: Tensor, ids: Tensor) -> Totals:
+        with torch.autocast(images.device.type, enabled=False):
+            if not self.data.mixture:
+                images = ((images.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # as a file would hold them
+            found = self._sums(images, ids)
+            if self.data.mixture:
+                found |= modes.mixture_totals(images.flatten(1), self.data.mixture)
+            elif isinstance(self.features, PerChannel):
+                counts = torch.bincount(self.features.found(images), minlength=self.features.modes).double()
+                found |= {"modes": counts, "nearest": counts}
+        return found
+
+    def classify(self, images: Tensor) -> Tensor | None:
+        if self.features.classes != len(self.data.classes):
+            return None
+        with torch.autocast(images.device.type, enabled=False):
+            probabilities = self.features(images)[1]
+        return None if probabilities is None else probabilities.argmax(1)
+
+    def _sums(self, images: Tensor, ids: Tensor) -> Totals:
+        features, probabilities = self.features(images)
+        found = {f"moments/{name}": value for name, value in frechet.moments(features).items()}
+        # A table of evenly spread samples, of which a batch fills its own rows.
+        place = ids * self.kept // self.data.evaluated
+        chosen = (ids * self.kept) % self.data.evaluated < self.kept
+        table = torch.zeros(self.kept, features.shape[1], device=features.device)
+        found["table"] = table.index_add_(0, place[chosen], features[chosen])
+        if probabilities is not None:
+            found |= {f"classes/{name}": value for name, value in frechet.class_sums(probabilities).items()}
+            counts = torch.bincount(probabilities.argmax(1), minlength=self.features.classes)
+            found["classes/predicted"] = counts.double()
+        return found
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        fake, table = _gaussian(totals), totals["table"]
+        scores = {
+            "fid": frechet.frechet_distance(self.real, fake),
+            "kid": frechet.kernel_distance(self.table, table),
+            **frechet.neighbours(self.table, table),
+        }
+        if "classes/sum" in totals:
+            scores["is"] = frechet.inception_score(_part(totals, "classes"))
+            fakes, reals = (t / t.sum() for t in (totals["classes/predicted"], self.predicted))
+            scores["class_kl"] = float(torch.xlogy(fakes, fakes / reals.clamp(min=1e-9)).sum())
+        scores |= self.controls
+        found = {f"{name}@{self.features.label}": value for name, value in scores.items()}
+        found["diversity"] = frechet.diversity(self.real, fake)
+        found["spacing"] = frechet.spacing(self.table, table)
+        return {**found, **modes.report(totals)} if "modes" in totals else found
+
+    def prepare(self, loader: BatchLoader, runtime: Runtime) -> None:
+        """Take the statistics of the real images, from the cache where it has them; every rank does its share."""
+        groups = runtime.broadcast_groups(self._cached() if runtime.main else None)
+        if not groups:
+            sources: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {
+                "held_out": lambda: loader.real(held_out=True),
+                "training": lambda: loader.real(held_out=False),
+                "shuffled": lambda: ((_shuffled(images), ids) for images, ids in loader.real(held_out=True)),
+            }
+            for name, batches in sources.items():
+                sums: Totals = {}
+                for images, ids in batches():
+                    for key, value in self._sums(images, ids).items():
+                        sums[key] = sums[key] + value if key in sums else value
+                groups[name] = runtime.total(sums)
+            if runtime.main:
+                self._keep(groups)
+        self.real, self.table = _gaussian(groups["held_out"]), groups["held_out"]["table"]
+        self.predicted = groups["held_out"].get("classes/predicted", torch.zeros(0))
+        for name, group in (("fid_floor", "training"), ("fid_shuffled", "shuffled")):
+            if group == "training" or not self.data.mixture:
+                self.controls[name] = frechet.frechet_distance(self.real, _gaussian(groups[group]))
+
+    def _address(self) -> tuple[Storage, str]:
+        d = self.data
+        text = f"{d.name} {d.shape} {d.training} {d.evaluated} {self.kept} {self.features.label} 1"
+        return Storage(str(self.cache)), f"reference-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+    def _cached(self) -> dict[str, Totals]:
+        if self.cache is None:
+            return {}
+        storage, name = self._address()
+        try:
+            found: dict[str, Totals] = {}
+            for key, value in safetensors.torch.load(storage.read(name)).items():
+                group, _, rest = key.partition("/")
+                found.setdefault(group, {})[rest] = value
+            return found
+        except (StorageError, safetensors.SafetensorError):
+            return {}
+
+    def _keep(self, groups: dict[str, Totals]) -> None:
+        if self.cache is not None:
+            storage, name = self._address()
+            flat = {f"{group}/{key}": value.contiguous() for group, totals in groups.items()
+                    for key, value in totals.items()}  # fmt: skip
+            try:
+                storage.write(name, safetensors.torch.save(flat))
+            except StorageError as error:
+                raise UserError(f"metrics.cache: {error}") from None
+
+
+def _part(totals: Totals, prefix: str) -> Totals:
+    return {n.removeprefix(f"{prefix}/"): value for n, value in totals.items() if n.startswith(f"{prefix}/")}
+
+
+def _gaussian(totals: Totals) -> frechet.Gaussian:
+    return frechet.Gaussian.from_moments(_part(totals, "moments"))
+
+
+def _shuffled(images: Tensor) -> Tensor:
+    """The images with their 16 pieces in another order, always the same: all of the colours, none of the shapes."""
+    pieces = min(PIECES, images.shape[-1])
+    side = images.shape[-1] // pieces
+    whole = images[..., : side * pieces, : side * pieces].clone()
+    split = whole.unflatten(3, (pieces, side)).unflatten(2, (pieces, side)).transpose(3, 4).flatten(2, 3)
+    order = torch.arange(pieces**2, device=images.device) * 7 % pieces**2
+    mixed = split[:, :, order].unflatten(2, (pieces, pieces)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    images = images.clone()
+    images[..., : side * pieces, : side * pieces] = mixed
+    return images
+
+
+def open_judge(config: RunConfig, data: Description) -> Judge:
+    """The judge of a config; raises UserError."""
+    wanted, d = config.metrics.features, data
+    if d.evaluated < 6:
+        raise UserError(
+            f"metrics.features: {d.evaluated} held-out samples are too few for scores: evaluate 6 or more, "
+            f"better thousands"
+        )
+    features: Features
+    if wanted == "pixels" or d.mixture:
+        features = Pixels(d)
+    elif wanted.startswith("inception:"):
+        features = _inception(wanted.partition(":")[2])
+    else:
+        features = _classifier(wanted, d)
+    return Judge(features, d, config.metrics.neighbours, config.metrics.cache)
+
+
+def _inception(path: str) -> Inception:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"metrics.features: {path!r} cannot be read ({error.strerror}): give the path of the Inception weights of "
+            f"torch-fidelity, pt_inception-2015-12-05"
+        ) from None
+    try:
+        return Inception(path, hashlib.sha256(data).hexdigest()[:8])
+    except ImportError:
+        raise UserError("metrics.features: inception needs another package: pip install 'trainer[inception]'") from None
+    except Exception as error:
+        raise UserError(
+            f"metrics.features: {path!r} holds no Inception weights: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _classifier(url: str, data: Description) -> Features:
+    try:
+        trained = open_run(url, best=True)
+    except UserError as error:
+        raise UserError(f"metrics.features: {error}; train it first, or use metrics.features pixels") from None
+    known = trained.data
+    if trained.workload.generates:
+        raise UserError(f"metrics.features: {url} is no classifier: give the URL of a run that trained one")
+    name = str(trained.storage).rstrip("/").rpartition("/")[2]
+    extractor = Penultimate(trained.workload.inference(), known, f"{name}-{trained.digest[:8]}")
+    if known.channels == data.channels:
+        return extractor
+    if known.channels == 1 and data.name == "stacked_mnist":
+        return PerChannel(extractor, data.channels)
+    raise UserError(
+        f"metrics.features: {url} was trained on {known.name}, images of {known.channels} channel(s); {data.name} has "
+        f"{data.channels}: use features of such images, or metrics.features pixels"
+    )

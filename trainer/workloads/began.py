@@ -1,0 +1,123 @@
+"""BEGAN (Berthelot et al. 2017): the discriminator is an autoencoder; a controller balances how well it rebuilds
+real and fake images."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..adversarial import Adversarial, AdversarialOptions
+from ..config import OptimizerOptions
+from ..nn.dcgan import halvings
+from ..randomness import Draws
+from ..workload import Batch, Description, Scalars
+
+_REBUILDS = "whose discriminator rebuilds images"
+
+
+class Options(AdversarialOptions):
+    refuses: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("label_smoothing", "spectral_norm", "gradient_penalty", "r1", "packing"), _REBUILDS
+    )
+
+    name: Literal["began"] = "began"
+    """What is trained: the name of a file in trainer/workloads."""
+    latent: int = Field(64, ge=1, le=8192)
+    """Length of the latent vector z, and of the autoencoder's code."""
+    width: int = Field(64, ge=1)
+    """Channels n of every layer; the encoder's grow by n with every halving."""
+    balance: float = Field(0.5, gt=0, le=1)
+    """Gamma: the loss of fakes over that of real images that the controller aims at. Lower is sharper, less varied."""
+    gain: float = Field(0.001, gt=0)
+    """How far the controller k moves a step."""
+
+
+def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+    return Began(options, data, optimizer)
+
+
+class Began(Adversarial):
+    steering = ("real_loss", "fake_loss")
+    k: Tensor
+    convergence: Tensor  # M_global of the step before
+
+    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+        generator = Decoder(options, data)
+        super().__init__(options, data, optimizer, generator, Autoencoder(options, data))
+        self.options = options
+        self.register_buffer("k", torch.zeros(()))
+        self.register_buffer("convergence", torch.zeros(()))
+
+    def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
+        """z (B, latent), uniform in [-1, 1], or within plus and minus `truncation`."""
+        return (2 * draws.uniform("z", (self.kit.latent,)) - 1) * min(truncation or 1.0, 1.0)
+
+    def rebuilt(self, images: Tensor) -> Tensor:
+        """The mean absolute error (B,) of the autoencoder."""
+        return (images - self.discriminator(images)).abs().mean((1, 2, 3))
+
+    def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        with torch.no_grad():
+            fakes = self.see(self.fakes(batch, draws)[0], draws, "fake")
+            reals = self.see(self.reals(batch), draws, "real")
+        real, fake = self.rebuilt(reals[0]).mean(), self.rebuilt(fakes[0]).mean()
+        loss = real - self.k * fake
+        return loss, {"real_loss": real.detach(), "k": self.k.clone(), "convergence": self.convergence.clone()}
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        loss = self.rebuilt(self.see(self.fakes(batch, draws)[0], draws, "fake")[0]).mean()
+        return loss, {"fake_loss": loss.detach()}
+
+    def after_step(self, step: int, means: Scalars) -> None:
+        super().after_step(step, means)
+        gap = self.options.balance * means["real_loss"] - means["fake_loss"]
+        self.convergence.copy_(means["real_loss"] + gap.abs())
+        self.k.add_((self.options.gain * gap).to(self.k.dtype)).clamp_(0, 1)
+
+
+def _pair(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, padding=1), nn.ELU(inplace=True),
+            nn.Conv2d(after, after, 3, padding=1), nn.ELU(inplace=True)]  # fmt: skip
+
+
+class Decoder(nn.Module):
+    """(B, latent) to images (B, C, H, W): nearest upsampling and pairs of convolutions; the output is linear."""
+
+    def __init__(self, options: Options, data: Description) -> None:
+        super().__init__()
+        times, size = halvings(data)
+        times, size = (times - 1, 2 * size) if times > 1 else (times, size)  # the paper stops at 8 pixels
+        n = options.width
+        layers: list[nn.Module] = [nn.Linear(options.latent, n * size**2), nn.Unflatten(1, (n, size, size))]
+        for _ in range(times):
+            layers += [*_pair(n, n), nn.Upsample(scale_factor=2)]
+        self.network = nn.Sequential(*layers, *_pair(n, n), nn.Conv2d(n, data.channels, 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        images: Tensor = self.network(z)
+        return images
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, options: Options, data: Description) -> None:
+        super().__init__()
+        times, size = halvings(data)
+        times, size = (times - 1, 2 * size) if times > 1 else (times, size)
+        n = options.width
+        layers: list[nn.Module] = [nn.Conv2d(data.channels, n, 3, padding=1), nn.ELU(inplace=True)]
+        for stage in range(1, times + 1):
+            layers += [
+                *_pair(n * stage, n * stage),
+                nn.Conv2d(n * stage, n * (stage + 1), 3, 2, 1),
+                nn.ELU(inplace=True),
+            ]
+        layers += [*_pair(n * (times + 1), n * (times + 1)), nn.Flatten()]
+        self.encoder = nn.Sequential(*layers, nn.Linear(n * (times + 1) * size**2, options.latent))
+        self.decoder = Decoder(options, data)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rebuilt: Tensor = self.decoder(self.encoder(images))
+        return rebuilt
