@@ -22,6 +22,7 @@ from trainer.__main__ import COMMANDS, main
 from trainer.config import Duration, RunConfig, UserError, data_root, differences, dump, is_safe
 from trainer.settings import build, config_class, read_yaml
 
+KNOWN = "known: began, biggan, classifier, dcgan, gan, infogan, wgan, wgan_gp"
 MODEL = parts.model_for("classifier")
 
 
@@ -222,7 +223,7 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
         ([], "wandb: {tags: a}", "wandb.tags: 'a' should be a list"),
         ([], "workload: classifier",
          "workload: 'classifier' should be a mapping with a name: 'workload: {name: classifier}'"),
-        ([], "workload: {name: gan}", "workload.name: 'gan' is not known; known: classifier"),
+        ([], "workload: {name: cyclegun}", f"workload.name: 'cyclegun' is not known; {KNOWN}"),
         ([], "duration: 5",
          "duration: 5 is not valid: write a number and a unit: steps, epochs, samples, seconds, minutes or hours"),
         (["--duration", "-5 epochs"], None, "duration: '-5 epochs' is not valid: write a number and a unit: steps, "
@@ -246,9 +247,10 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
          "torchvision:NAME"),
         (["--workload.network", "torchvision:resnet17"], None, "workload.network: 'torchvision:resnet17' is not valid: "
          "torchvision has no such classification model; it has: resnet18, resnet152, resnet101"),
-        (["--workload.name", "gan"], None, "workload.name: 'gan' is not known; known: classifier"),
+        (["--workload.name", "ganx"], None, f"workload.name: 'ganx' is not known; {KNOWN}"),
         (["--data.name", "cifar"], None, "data.name: 'cifar' should be 'digits', 'mnist', 'fashion_mnist', 'cifar10', "
-         "'cifar100', 'lsun', 'imagenet', 'folder', 'shards' or 'fake'; did you mean 'cifar10'?"),
+         "'cifar100', 'lsun', 'imagenet', 'folder', 'shards', 'fake', 'ring8', 'grid25' or 'stacked_mnist'; did you "
+         "mean 'cifar10'?"),
         (["--optimizer.lr", "abc"], None, "optimizer.lr: 'abc' should be a valid number"),
         (["--optimizer.betas", "0.5"], None, "optimizer.betas.1: missing: give a value"),
         (["--optimizer.betas", "0.5", "1.5"], None, "optimizer.betas.1: 1.5 should be less than 1"),

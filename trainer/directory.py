@@ -110,7 +110,7 @@ class Directory:
             raise
 
     def roll_back(self, outcome: Outcome) -> None:
-        """Make the best checkpoint the newest one.
+        """Make the best checkpoint from before the verdict the newest one.
 
         What came later is deleted before the decision is written: killed in between, the run would train that part
         again and come to the same decision.
@@ -119,13 +119,17 @@ class Directory:
         self.report_failure()
         self.last = None
         steps = self.store.steps()
-        best = self.best()
-        to = best if best is not None else 0
+        # From a checkpoint that the verdict covers already, it would be reached again before any training.
+        sound = [step for step in steps if step < (outcome.health.step or outcome.step)]
+        best = self.tracker.best(self.headline, self.maximise, sound)
+        to = best if best is not None else max(sound, default=0)
         for step in reversed([step for step in steps if step > to]):
             self.store.remove(step)
-        entry = {"from": outcome.step, "to": to, "state": outcome.status, "reason": outcome.reason}
+        entry = {
+            "from": outcome.step, "to": to, "state": outcome.status, "reason": outcome.reason,
+            "void_records": self.tracker.rewind(to),
+        }  # fmt: skip
         self.storage.write(ROLLBACKS, json.dumps([*self.rollbacks(), entry], indent=1).encode())
-        self.tracker.rewind()
         self.tracker.note(f"rolling back from step {outcome.step} to step {to}: {outcome.status}: {outcome.reason}")
 
     def begin(self, step: int, data: Description) -> None:
@@ -196,7 +200,9 @@ def read_outcome(storage: Storage) -> dict[str, Any]:
         return {}
 
 
-def make_sinks(config: RunConfig, name: str, storage: Storage, note: Callable[[str], None]) -> tuple[Sink, ...]:
+def make_sinks(
+    config: RunConfig, name: str, storage: Storage, void_records: int, note: Callable[[str], None]
+) -> tuple[Sink, ...]:
     w = config.wandb
     mode = os.environ.get("WANDB_MODE", "auto") if w.mode == "auto" else w.mode
     mode = ("online" if logged_in() else "offline") if mode not in ("online", "offline", "disabled") else mode
@@ -204,7 +210,16 @@ def make_sinks(config: RunConfig, name: str, storage: Storage, note: Callable[[s
         return ()
     where = Path(storage.url.removeprefix("file://")) if storage.local else Path("runs") / name
     settings = WandbSettings(
-        mode, run_id(storage), name, w.project, w.entity, w.group, w.tags, str(where), config.model_dump(mode="json")
+        mode,
+        run_id(storage),
+        name,
+        w.project,
+        w.entity,
+        w.group,
+        w.tags,
+        str(where),
+        config.model_dump(mode="json"),
+        void_records,
     )
     return (WandbSink(settings, note),)
 

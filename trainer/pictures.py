@@ -13,6 +13,11 @@ from torch import Tensor
 from .workload import ImageGrid, Matrix, Panels, Picture, Points
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
+FIRST = (  # panels of a GAN, most telling first
+    "fid", "modes", "high_quality", "discriminator_loss", "critic_loss", "convergence", "generator_loss",
+    "discriminator_accuracy", "distance", "k", "code_generated_accuracy", "precision", "recall", "coverage",
+    "diversity",
+)  # fmt: skip
 TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the whole grid
 
 
@@ -42,11 +47,17 @@ def _title(figure: Any, text: str, size: float) -> None:
 def _panels(records: list[dict[str, Any]]) -> list[str]:
     """The metrics that get a panel: what is held out first, then losses, speed and learning rate last."""
     hidden = {"step", "kind", "epoch", "steps_per_epoch", "data_wait", "gpu_memory_bytes", "top5_accuracy"}
+    hidden |= {name for record in records for name in record if name.startswith(("fid_floor@", "fid_shuffled@"))}
     names = list(dict.fromkeys(name for record in records for name in record if name not in hidden))
     evaluated = {name for record in records if record["kind"] == "evaluate" for name in record}
     last = ("lr", "samples_per_second")
-    names.sort(key=lambda name: (name in last, name not in evaluated, not name.endswith("loss")))
-    return names[:9] or ["loss"]
+
+    def place(name: str) -> tuple[Any, ...]:
+        base = name.partition("@")[0]
+        first = FIRST.index(base) if base in FIRST else len(FIRST)
+        return (name in last, first, name not in evaluated, not name.endswith("loss"))
+
+    return sorted(names, key=place)[:12] or ["loss"]
 
 
 def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[str, tuple[float, float]] = {}) -> bytes:
@@ -77,7 +88,14 @@ def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[st
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if name.endswith("loss") and shown and min(shown) > 0 and max(shown) > 20 * min(shown):
+        if name.startswith("fid@") and (floor := records[-1].get(name.replace("fid@", "fid_floor@"))):
+            axes.axhline(floor, color=GREY, linewidth=1, linestyle="--", label="real against real")
+        if (
+            (name.endswith("loss") or name.startswith("fid@"))
+            and shown
+            and min(shown) > 0
+            and max(shown) > 20 * min(shown)
+        ):
             axes.set_yscale("log")
         if not shown:
             axes.text(0.5, 0.5, "no finite value", ha="center", color=GREY, transform=axes.transAxes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import RunConfig, UserError
 from .data.loader import BatchLoader
@@ -29,7 +30,7 @@ class Judge:
     which no generator should beat by much; `shuffled` is that of held-out images whose pieces changed places.
     """
 
-    def __init__(self, features: Features, data: Description, neighbours: int, cache: str | None = None) -> None:
+    def __init__(self, features: Features, data: Description, neighbours: int, cache: Storage | None = None) -> None:
         self.features, self.data, self.cache = features, data, cache
         self.kept = min(neighbours, data.evaluated)  # rows of the tables for KID and the neighbour scores
         self.headline = f"fid@{features.label}"
@@ -87,7 +88,8 @@ class Judge:
 
     def prepare(self, loader: BatchLoader, runtime: Runtime) -> None:
         """Take the statistics of the real images, from the cache where it has them; every rank does its share."""
-        groups = runtime.broadcast_groups(self._cached() if runtime.main else None)
+        file = self._name(loader) if runtime.main and self.cache else ""
+        groups = runtime.broadcast_groups(self._cached(file) if runtime.main else None)
         if not groups:
             sources: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {
                 "held_out": lambda: loader.real(held_out=True),
@@ -100,41 +102,52 @@ class Judge:
                     for key, value in self._sums(images, ids).items():
                         sums[key] = sums[key] + value if key in sums else value
                 groups[name] = runtime.total(sums)
-            if runtime.main:
-                self._keep(groups)
+            if problem := runtime.broadcast(self._keep(file, groups) if runtime.main else ""):
+                raise UserError(problem)
         self.real, self.table = _gaussian(groups["held_out"]), groups["held_out"]["table"]
         self.predicted = groups["held_out"].get("classes/predicted", torch.zeros(0))
         for name, group in (("fid_floor", "training"), ("fid_shuffled", "shuffled")):
             if group == "training" or not self.data.mixture:
                 self.controls[name] = frechet.frechet_distance(self.real, _gaussian(groups[group]))
 
-    def _address(self) -> tuple[Storage, str]:
+    def _name(self, loader: BatchLoader) -> str:
+        """Of the statistics in the cache. Sets of one name, such as folders, are told apart by some of their images."""
         d = self.data
-        text = f"{d.name} {d.shape} {d.training} {d.evaluated} {self.kept} {self.features.label} 1"
-        return Storage(str(self.cache)), f"reference-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+        shown = loader.pixels(i * d.evaluated // 16 for i in range(16))
+        text = f"{d.name} {d.shape} {d.training} {d.evaluated} {self.kept} {self.features.label} 2"
+        found = hashlib.sha256(text.encode())
+        for part in (shown, loader.data.held_out.labels, loader.data.train.labels):
+            found.update(part.numpy().tobytes())
+        return f"reference-{found.hexdigest()[:16]}.safetensors"
 
-    def _cached(self) -> dict[str, Totals]:
+    def _cached(self, name: str) -> dict[str, Totals]:
+        """The statistics as they were kept, below the sha256 of their file; nothing where they are damaged."""
         if self.cache is None:
             return {}
-        storage, name = self._address()
         try:
-            found: dict[str, Totals] = {}
-            for key, value in safetensors.torch.load(storage.read(name)).items():
-                group, _, rest = key.partition("/")
-                found.setdefault(group, {})[rest] = value
-            return found
-        except (StorageError, safetensors.SafetensorError):
+            stored = self.cache.read(name)
+        except StorageError:
             return {}
+        if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+            return {}
+        found: dict[str, Totals] = {}
+        for key, value in safetensors.torch.load(stored[32:]).items():
+            group, _, rest = key.partition("/")
+            found.setdefault(group, {})[rest] = value
+        return found
 
-    def _keep(self, groups: dict[str, Totals]) -> None:
-        if self.cache is not None:
-            storage, name = self._address()
-            flat = {f"{group}/{key}": value.contiguous() for group, totals in groups.items()
-                    for key, value in totals.items()}  # fmt: skip
-            try:
-                storage.write(name, safetensors.torch.save(flat))
-            except StorageError as error:
-                raise UserError(f"metrics.cache: {error}") from None
+    def _keep(self, name: str, groups: dict[str, Totals]) -> str:
+        """Returns what went wrong, for the user."""
+        if self.cache is None:
+            return ""
+        flat = {f"{group}/{key}": value.contiguous() for group, totals in groups.items()
+                for key, value in totals.items()}  # fmt: skip
+        data = safetensors.torch.save(flat)
+        try:
+            self.cache.write(name, hashlib.sha256(data).digest() + data)
+        except StorageError as error:
+            return f"metrics.cache: {error}"
+        return ""
 
 
 def _part(totals: Totals, prefix: str) -> Totals:
@@ -173,7 +186,11 @@ def open_judge(config: RunConfig, data: Description) -> Judge:
         features = _inception(wanted.partition(":")[2])
     else:
         features = _classifier(wanted, d)
-    return Judge(features, d, config.metrics.neighbours, config.metrics.cache)
+    try:
+        cache = None if config.metrics.cache is None else Storage(config.metrics.cache)
+    except StorageError as error:
+        raise UserError(f"metrics.cache: {error}") from None
+    return Judge(features, d, config.metrics.neighbours, cache)
 
 
 def _inception(path: str) -> Inception:
@@ -185,25 +202,30 @@ def _inception(path: str) -> Inception:
             f"torch-fidelity, pt_inception-2015-12-05"
         ) from None
     try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run whatever the pickle says
         return Inception(path, hashlib.sha256(data).hexdigest()[:8])
     except ImportError:
         raise UserError("metrics.features: inception needs another package: pip install 'trainer[inception]'") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"metrics.features: {path!r} holds no Inception weights: it is no file of tensors") from None
     except Exception as error:
-        raise UserError(
-            f"metrics.features: {path!r} holds no Inception weights: {str(error).splitlines()[0]}"
-        ) from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"metrics.features: {path!r} holds no Inception weights: {reason}") from None
 
 
 def _classifier(url: str, data: Description) -> Features:
     try:
         trained = open_run(url, best=True)
-    except UserError as error:
+    except (UserError, StorageError) as error:
         raise UserError(f"metrics.features: {error}; train it first, or use metrics.features pixels") from None
     known = trained.data
     if trained.workload.generates:
         raise UserError(f"metrics.features: {url} is no classifier: give the URL of a run that trained one")
+    network = trained.workload.inference()
+    if not any(isinstance(module, nn.Linear) for module in network.modules()):
+        raise UserError(f"metrics.features: {url} has no linear layer, whose inputs are the features: use another run")
     name = str(trained.storage).rstrip("/").rpartition("/")[2]
-    extractor = Penultimate(trained.workload.inference(), known, f"{name}-{trained.digest[:8]}")
+    extractor = Penultimate(network, known, f"{name}-{trained.digest[:8]}")
     if known.channels == data.channels:
         return extractor
     if known.channels == 1 and data.name == "stacked_mnist":

@@ -183,12 +183,15 @@ class Run:
             found = directory.store.newest(tracker.note)
             step = found.step if found else 0
             tracker.records = directory.log.before(step)
-            tracker.sinks = tracker.sinks or make_sinks(config, self.name, directory.storage, tracker.note)
+            rollbacks = directory.rollbacks()
+            if not tracker.sinks:
+                tracker.sent = rollbacks[-1]["void_records"] if rollbacks else 0
+                tracker.sinks = make_sinks(config, self.name, directory.storage, tracker.sent, tracker.note)
             groups = found.groups if found else None
             done = [r for r in tracker.evaluations() if r["step"] == step]
             metrics = {k: v for k, v in done[-1].items() if k not in ("step", "kind", "epoch")} if done else {}
             state = found.state if found else None
-            return state, (step if done else -1), metrics, tracker.records, directory.rollbacks()
+            return state, (step if done else -1), metrics, tracker.records, rollbacks
 
         stored, evaluated, metrics, records, self.rollbacks = agreed(runtime, find)
         if self.judge is not None:

@@ -25,7 +25,7 @@ from .storage import Storage, StorageError
 
 Metrics = dict[str, float]
 TIMING = ("samples_per_second", "data_wait", "gpu_memory_bytes")  # what differs between two equal runs
-SHOWN = ("loss", "accuracy")  # ends of the names that the console shows; the log has all of them
+SHOWN = ("loss", "accuracy", "convergence")  # ends of the names that the console shows; the log has all of them
 NOT_SHOWN = ("top5_accuracy", "code_accuracy", "code_read_accuracy", "code_loss", "real_loss", "fake_loss")
 SHORT = {"discriminator_loss": "D loss", "discriminator_accuracy": "D accuracy", "generator_loss": "G loss",
          "critic_loss": "C loss", "code_generated_accuracy": "code accuracy"}  # fmt: skip
@@ -304,6 +304,7 @@ class Tracker:
     sinks: tuple[Sink, ...] = ()
     records: list[dict[str, Any]] = field(default_factory=list)  # all of the run, for curves and the best checkpoint
     _pending: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    sent: int = 0  # records that the sinks have had, those that a rollback made void included
     _past: list[dict[str, Any]] | None = None  # what `records` held when this life began to log
     _uploading: threading.Thread | None = None
     _warned: bool = False
@@ -314,6 +315,7 @@ class Tracker:
     def log(self, step: int, kind: str, values: Metrics) -> None:
         if self._past is None:
             self._past = list(self.records)
+            self.sent += len(self._past)
             for sink in self.sinks:
                 sink.past(self._past)
         record = {"step": step, "kind": kind, **values}
@@ -350,6 +352,7 @@ class Tracker:
         """Pass on what a committed checkpoint covers: it will not be logged again."""
         while self._pending and self._pending[0][0] <= step:
             _, records = self._pending.pop(0)
+            self.sent += len(records)
             for sink in self.sinks:
                 sink.log(records)
 
@@ -360,9 +363,10 @@ class Tracker:
         for sink in self.sinks:
             sink.alert(verdict.state, f"step {verdict.step}: {verdict.reason}")
 
-    def rewind(self) -> None:
-        """Forget what was logged and not committed: the run goes back to a checkpoint."""
+    def rewind(self, step: int) -> int:
+        """Forget what was logged after a checkpoint; returns how many records the sinks have had in vain, in all."""
         self._pending.clear()
+        return self.sent - len(self.log_.before(step))
 
     def image(self, step: int, name: str, png: bytes) -> None:
         for sink in self.sinks:

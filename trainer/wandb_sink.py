@@ -102,6 +102,7 @@ class WandbSettings:
     tags: tuple[str, ...]
     directory: str
     config: dict[str, Any]
+    void_records: int = 0  # that W&B had before the run went back to a checkpoint, and which the log no longer has
 
 
 class WandbSink:
@@ -201,7 +202,7 @@ class Delivery:
     def __init__(self, settings: WandbSettings, pid: int, note: Callable[[str], None]) -> None:
         self._settings, self._pid, self._note = settings, pid, note
         self._online = settings.mode == "online"
-        self._position = 0  # in the metric log, of the next record
+        self._position = settings.void_records  # of the next record, among all that W&B was ever given
         self._pictures: dict[str, Any] = {}
         self._delivered = Path(settings.directory) / "wandb" / "delivered.json"
         self._run = self._start()
@@ -210,7 +211,7 @@ class Delivery:
     def past(self, records: list[dict[str, Any]]) -> None:
         """Catch up with what earlier lives did not deliver."""
         if not self._online:
-            self._known = len(records)
+            self._known = self._position + len(records)
             with contextlib.suppress(OSError, ValueError, TypeError):  # more, where the run was rewound since
                 self._known = max(self._known, int(json.loads(self._delivered.read_bytes())))
         self.log(records)

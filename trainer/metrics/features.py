@@ -55,7 +55,7 @@ class Penultimate:
         images = images.float()
         if images.shape[-1] != self.data.size:
             images = F.interpolate(images, size=(self.data.size,) * 2, mode="bilinear", antialias=True)
-        logits = self.network(images * self.scale.to(images.device) + self.shift.to(images.device))
+        logits = self.network.to(images.device)(images * self.scale.to(images.device) + self.shift.to(images.device))
         return self.seen.pop().float().flatten(1), logits.float().softmax(1)
 
 

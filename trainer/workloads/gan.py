@@ -48,7 +48,7 @@ class Generator(nn.Module):
         before = options.latent
         for index in range(options.layers):
             after = options.width * (1 if points else 2**index)
-            norm = [] if index == 0 or points else [nn.BatchNorm1d(after)]
+            norm = [nn.BatchNorm1d(after)] if index else []
             layers += [nn.Linear(before, after, bias=not norm), *norm, nn.LeakyReLU(0.2)]
             before = after
         layers.append(nn.Linear(before, data.channels * data.size**2))
