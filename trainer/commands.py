@@ -253,7 +253,7 @@ def sample(words: Sequence[str]) -> int:
         help="FILE.png for a grid, else a folder for a file each; may be a URL (default: samples.png)",
     )  # fmt: skip
     given = parser.parse_args(words)
-    if given.count < 1 or (given.truncation is not None and given.truncation <= 0):
+    if given.count < 1 or (given.truncation is not None and not given.truncation > 0):
         raise UserError("sample: --count must be 1 or more and --truncation above 0")
     trained = open_run(given.checkpoint, step=given.step, best=given.best)
     workload = trained.workload.eval()

@@ -263,7 +263,7 @@ class WandbOptions(Options):
     group: str | None = None
     """Group of runs to show together. Default: none."""
     tags: tuple[str, ...] = ()
-    """Labels to find the run by."""
+    """Labels to find the run by. Default: none."""
 
 
 class RunOptions(Options):

@@ -92,12 +92,15 @@ class Directory:
 
     def animate(self, step: int) -> None:
         """The grids of samples up to a step, one after the other."""
-        names = sorted(name for name in self.storage.list("samples") if re.fullmatch(r"step-\d{8,}\.png", name))
-        names = [name for name in names if int(name[5:-4]) <= step]
-        names = [names[i * len(names) // FRAMES] for i in range(FRAMES)] if len(names) > FRAMES else names
-        if len(names) > 1:
-            frames = [self.storage.read(f"samples/{name}") for name in names]
-            self.picture(step, "training.gif", pictures.animation(frames))
+        try:
+            names = sorted(name for name in self.storage.list("samples") if re.fullmatch(r"step-\d{8,}\.png", name))
+            names = [name for name in names if int(name[5:-4]) <= step]
+            names = [names[i * len(names) // FRAMES] for i in range(FRAMES)] if len(names) > FRAMES else names
+            if len(names) > 1:
+                frames = [self.storage.read(f"samples/{name}") for name in names]
+                self.picture(step, "training.gif", pictures.animation(frames))
+        except (StorageError, OSError) as error:  # OSError: PIL cannot read a frame
+            self.tracker.note(f"warning: samples/training.gif was not made: {error}")
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """How often the run went back after it had ceased to be healthy, and why."""

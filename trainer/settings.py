@@ -256,7 +256,7 @@ class _Help(argparse.HelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         # What a setting without a value means is in its text, after 'Default:'.
-        text = re.sub(r" \(default: (null|None)\)", "", super()._expand_help(action))
+        text = re.sub(r" \(default: (null|None|\(\))\)", "", super()._expand_help(action))
         kind = str(action.metavar or "")
         return f"{kind[1:-1].replace(',', ' | ')}. {text}" if kind.startswith("{") else text
 

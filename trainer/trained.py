@@ -54,14 +54,20 @@ def history(storage: Storage) -> Tracker:
     return tracker
 
 
-def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: Workload | None) -> int:
+def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: bool) -> int:
     steps = store.steps()
     if not steps:
         raise UserError(f"{storage}: the run has no committed checkpoint")
     if step is not None and step not in steps:
         raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
-    if step is None and best is not None:
-        step = history(storage).best(best.headline, best.maximise, steps)
+    if step is None and best:
+        try:  # which metric counts is the run's to say: a generator's depends on its judge
+            state = store.load(steps[-1], []).state
+        except Damaged as error:
+            raise UserError(
+                f"{storage}/checkpoints/{folder(steps[-1])} is damaged: {error}: choose one with --step"
+            ) from None
+        step = history(storage).best(state["headline"], state["maximise"], steps)
     return steps[-1] if step is None else step
 
 
@@ -84,7 +90,7 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
     data = _description(storage)
     workload = build_workload(config, data)
     store = CheckpointStore(storage.at("checkpoints"))
-    step = choose_step(storage, store, step if step is not None else named, workload if best else None)
+    step = choose_step(storage, store, step if step is not None else named, best)
     try:
         load_weights(workload, store.load(step, ["weights"]).groups["weights"])
         digest = store.digest(step)

@@ -170,9 +170,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key = self.query(x).flatten(2), F.max_pool2d(self.key(x), 2).flatten(2)
         value = F.max_pool2d(self.value(x), 2).flatten(2)
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        query, key, value = (t.transpose(1, 2)[:, None] for t in (query, key, value))  # one head: ONNX wants to know
         seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.gain * self.out(seen.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.gain * self.out(seen[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Generator(nn.Module):
