@@ -61,7 +61,8 @@ def _head(job: Job, site: Site) -> str:
         ("qos", job.qos or site.qos),
         ("constraint", job.constraint or site.constraint),
         ("nodes", f"1-{job.nodes}" if shrink else str(job.nodes)),
-        ("ntasks-per-node", str(job.ranks_per_node if job.starter == "srun" else 1)),
+        # With a range of nodes, tasks per node would make Slurm take the least.
+        ("ntasks-per-node", None if shrink else str(job.ranks_per_node if job.starter == "srun" else 1)),
         ("cpus-per-task", str(_cpus(job))),
         ("gpus-per-node", str(job.gpus_per_node) if job.gpus_per_node else None),
         ("time", time_text(job.minutes)),
@@ -118,7 +119,7 @@ def _start(job: Job, site: Site, python: str) -> str:
     """The step, in the background, for only then a trap runs at once."""
     shrink = site.after_node_failure == "shrink" and job.nodes > 1
     options = ["--export=ALL", f"--cpus-per-task={_cpus(job)}"]
-    options += ["--no-kill"] if shrink else ["--kill-on-bad-exit=1"]
+    options += ["--no-kill", "--ntasks-per-node=1"] if shrink else ["--kill-on-bad-exit=1"]
     options += [*site.srun, *_container_of_srun(site)]
     inside = _container(site)
     lines = []
@@ -135,12 +136,16 @@ def _start(job: Job, site: Site, python: str) -> str:
         text = array("agent", words).rstrip().replace("--nnodes=@", f'--nnodes="{nodes}"' if "$" in nodes else
                                                       f"--nnodes={nodes}")  # fmt: skip
         lines.append(text)
+        if shrink:
+            lines.append(f"export {torchrun.OWN_STORE} # lest a node that joins later waits for ever")
         where = ['--standalone'] if job.nodes == 1 else [
             "--rdzv-backend=c10d", '--rdzv-endpoint="$first:$port"', '--rdzv-id="$SLURM_JOB_ID.$restarts"',
         ]  # fmt: skip
         lines.append(f"agent+=({' '.join(where)})")
         launch = '"${agent[@]}" -m trainer "${arguments[@]}" --run.url "$run"'
-    lines.append(f"srun {' '.join(map(shlex.quote, options))} \\\n    {launch} &")
+    lines.append(array("step", ["srun", *options]).rstrip())
+    # A warning that comes before Python can handle it is lost, and does not kill: the trainer knows the end time too.
+    lines.append(f"""\"${{step[@]}}" bash -c 'trap "" USR1; exec "$@"' bash \\\n    {launch} &""")
     lines.append("""\
 srun=$!
 wait "$srun"

@@ -26,7 +26,7 @@ def ask(command: Sequence[str], wanted: bool = True) -> str:
     except subprocess.TimeoutExpired:
         raise Refused(f"{command[0]}: the controller of Slurm does not answer: try again later") from None
     if done.returncode and wanted:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        reason = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split()) or f"code {done.returncode}"
         raise Refused(f"{command[0]}: {reason}")
     return "" if done.returncode else done.stdout
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 # SIGUSR1 is Slurm's warning: torchrun dies of it unless it is told to pass it on.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# With it, the ranks of each life have a store of their own. The one that torchrun shares out else keeps its first
+# address for ever, so that a node that joins later waits for an answer that nobody gives (seen with torch 2.14).
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # --shutdown-timeout as older versions can ignore it
 
 

@@ -183,7 +183,7 @@ def test_what_sbatch_says_is_passed_on(cluster: Path, capsys: pytest.CaptureFixt
         "#!/bin/sh\n[ $1 = --version ] && exit\necho 'sbatch: error: Invalid account' >&2; exit 1\n"
     )
     assert main(["slurm", "--", "c.yaml"]) == 2
-    assert capsys.readouterr().err == "error: sbatch: sbatch: error: Invalid account\n"
+    assert capsys.readouterr().err == "error: sbatch: Invalid account\n"
 
 
 def test_a_name_in_use_by_another_config_is_refused(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
