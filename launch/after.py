@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Verdict = Literal["done", "next", "requeue", "failed"]
-HOPELESS = ("non_finite", "bad_data", "refused")  # a repetition would end in the same way
-USER_ERROR = 2  # the trainer's exit code for a mistake in what was asked for; seen where nothing stands in between
+HOPELESS = ("non_finite", "bad_data")  # a repetition would end in the same way
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def judge(run: str, record: Path, life: str, code: int, crashes: int, chained: b
     """Read how the life ended, add it to the record, decide."""
     outcome = read_outcome(run)
     mine = outcome.get("life") == life or (outcome.get("status") == "done" and not code)
-    status = str(outcome["status"]) if mine else "refused" if code == USER_ERROR else "crashed"
+    status = str(outcome["status"]) if mine else "crashed"
     attempt = Attempt(life, status, newest_step(run), code, round(time.time()))
     before = read_attempts(record)
     record.parent.mkdir(parents=True, exist_ok=True)

@@ -85,11 +85,6 @@ def queue(jobs: Sequence[str]) -> list[dict[str, str]]:
     return found
 
 
-def known(job: str) -> bool:
-    """Whether the controller still remembers a job, so that it can be requeued."""
-    return bool(ask(["scontrol", "show", "job", "-o", job], wanted=False).strip())
-
-
 def history(jobs: Sequence[str]) -> list[str]:
     """What accounting says of ended jobs, a line each; nothing where the cluster keeps no accounts."""
     text = ask(["sacct", "-n", "-X", "-P", "-j", ",".join(jobs), "-o", "JobID,State,Elapsed,ExitCode"], wanted=False)

@@ -31,7 +31,7 @@ def test_what_was_stopped_goes_on() -> None:
     assert verdict(("preempted", 10), chained=True) == "requeue"
 
 
-@pytest.mark.parametrize("status", ["non_finite", "bad_data", "refused"])
+@pytest.mark.parametrize("status", ["non_finite", "bad_data"])
 def test_what_would_end_in_the_same_way_is_not_requeued(status: str) -> None:
     assert verdict((status, 10)) == "failed"
 
@@ -96,11 +96,6 @@ def test_without_an_outcome_that_can_be_read_it_was_a_crash(tmp_path: Path, outc
     write_run(tmp_path / "run", outcome)
     judge(str(tmp_path / "run"), tmp_path / "a", "1.0", 1, 3, False)
     assert read_attempts(tmp_path / "a")[0].status == "crashed"
-
-
-def test_a_mistake_of_the_users_is_not_repeated(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", None)
-    assert judge(str(tmp_path / "run"), tmp_path / "a", "1.0", 2, 3, False)[0] == "failed"
 
 
 def test_a_torn_line_of_the_record_is_skipped(tmp_path: Path) -> None:

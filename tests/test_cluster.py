@@ -271,7 +271,7 @@ def test_a_crash_loop_ends(cluster: Cluster, tmp_path: Path) -> None:
 def test_options_with_quotes_reach_slurm_as_they_were_meant(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s "here" #1 100%'
     folder.mkdir()
-    job = Submitted(cluster, folder, "slurm", "--time", "5", "--starter", "srun",
+    job = Submitted(cluster, folder, "slurm", "--time", "5", "--starter", "srun", "--crashes", "1",
                     settings=("--run.url", f"{folder}/the run", "--data.name=nothing"))  # fmt: skip
     job.until_state("FAILED")
     assert "'nothing'" in (folder / "the run" / "launch" / f"slurm-{job.jobs[0]}.out").read_text()
