@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Verdict = Literal["done", "next", "requeue", "failed"]
-HOPELESS = ("non_finite", "bad_data")  # a repetition would end in the same way
+AGAIN = ("preempted", "time_limit", "crashed")  # whatever else ends a run would end it in the same way again
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def decide(attempt: Attempt, before: list[Attempt], crashes: int, chained: bool)
     """The verdict and the reason in words. `crashes` ends in a row without progress are one too many."""
     if attempt.status == "done":
         return "done", f"done at step {attempt.step}"
-    if attempt.status in HOPELESS:
+    if attempt.status not in AGAIN:
         return "failed", f"{attempt.status} at step {attempt.step}: not requeued, for it would end in the same way"
     if attempt.status == "preempted":  # the cluster's doing: it says nothing about the run
         return "requeue", f"preempted at step {attempt.step}: requeued"

@@ -31,7 +31,7 @@ def test_what_was_stopped_goes_on() -> None:
     assert verdict(("preempted", 10), chained=True) == "requeue"
 
 
-@pytest.mark.parametrize("status", ["non_finite", "bad_data"])
+@pytest.mark.parametrize("status", ["non_finite", "bad_data", "mode_collapse"])
 def test_what_would_end_in_the_same_way_is_not_requeued(status: str) -> None:
     assert verdict((status, 10)) == "failed"
 
