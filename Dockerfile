@@ -13,6 +13,7 @@ ENV PATH=/opt/trainer/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
 
 COPY pyproject.toml README.md /src/
 COPY trainer /src/trainer
+COPY launch /src/launch
 RUN python3 -m venv /opt/trainer \
     && pip install --no-cache-dir '/src[s3,lsun,onnx]' \
     && rm -rf /src

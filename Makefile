@@ -1,14 +1,17 @@
-# make train | test | check | bench: each sets up .venv first, where pyproject.toml has changed since.
+# make train | test | test-cluster | check | bench: each sets up .venv first, where pyproject.toml has changed since.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test check bench clean
+.PHONY: train test test-cluster check bench clean
 train: .venv/ready
 	$(BIN)/python -m trainer
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-cluster: .venv/ready  # on a real Slurm; needs the Debian packages slurm-wlm and munge
+	$(BIN)/python -m pytest -n 0 -m cluster -rs
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -45,6 +45,7 @@ class Stored:
 
     id: str = ""
     name: str = ""
+    group: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +63,7 @@ def read_file(path: Path) -> Stored:
         record = Record.FromString(chunk)
         if record.HasField("run"):
             found.id, found.name = record.run.run_id, record.run.display_name
+            found.group = record.run.run_group
             found.config |= dict(map(_item, record.run.config.update))
         elif record.HasField("history"):
             found.rows.append(dict(map(_item, record.history.item)))

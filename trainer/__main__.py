@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a shared machine 10x slower
 
 import difflib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"{words[0]}: neither a command nor a config file: did you mean {near!r}?")
         return 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
+    if command == "train":  # importing torch takes seconds, and a signal must neither kill nor be lost meanwhile
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        return _run(command, words)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
+
+def _run(command: str, words: list[str]) -> int:
     from . import commands
     from .config import UserError
     from .runtime import LaunchError

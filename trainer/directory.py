@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor
 from . import pictures
 from .checkpoint import CheckpointStore, folder
 from .config import RunConfig, UserError, differences, dump, is_safe
-from .engine import Cadence, Outcome
+from .deadline import Deadline
+from .engine import Cadence, Engine, Outcome
+from .goodput import Recorder, new_life, this_life
 from .lease import Lease
 from .runtime import StopSignals
 from .state import Groups
@@ -51,14 +54,19 @@ class Directory:
     headline: str
     maximise: bool
     signals: StopSignals
+    deadline: Deadline
+    recorder: Recorder | None = None
     last: tuple[int, Groups, dict[str, Any]] | None = None
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         state = {**state, "headline": self.headline, "maximise": self.maximise}  # for those who prune later
 
+        began = time.perf_counter()
+
         def work() -> None:
             self.tracker.flush()
             self.store.save(step, groups, state)
+            self.deadline.saved(time.perf_counter() - began)
             self.last = None
             self.tracker.committed(step)
             try:
@@ -142,6 +150,21 @@ class Directory:
         self.storage.delete("outcome.json")
         self.log.rewind(step)
 
+    def record(self, engine: Engine) -> None:
+        """Keep an account of the life that begins here; after a rollback, of another one."""
+        state, again = engine.state, self.recorder is not None
+        if self.recorder:
+            self.recorder.end("rolled_back")
+
+        def progress() -> dict[str, float]:
+            clock = engine.clock
+            at_rest = engine.saved == state.step  # after the last save comes what is no training
+            seconds = state.seconds if at_rest else clock.run_seconds()
+            return {"step": state.step, "seconds": seconds, "checkpoint": clock.saving, "evaluate": clock.evaluating}
+
+        life = new_life(state.step, state.seconds, engine.runtime.world, process_began=not again)
+        self.recorder = Recorder(self.storage, life, progress)
+
     def prune(self) -> None:
         best = self.best()
         self.store.prune(self.config.checkpoint.keep, lambda step: step == best or self.keep.due(step))
@@ -173,7 +196,8 @@ class Directory:
         if self.lease.lost:  # the directory is another job's, and so is its outcome
             return
         try:
-            self.storage.write("outcome.json", json.dumps(outcome, indent=1).encode())
+            life = {"life": this_life()} if this_life() else {}  # so that a batch script knows whose outcome it is
+            self.storage.write("outcome.json", json.dumps({**outcome, **life}, indent=1).encode())
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
 

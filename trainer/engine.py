@@ -87,7 +87,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended. `status` is done, preempted, bad_data, non_finite, or what else the watch has found."""
+    """How training ended. `status` is done, preempted, time_limit, bad_data, non_finite, or a finding of the watch."""
 
     status: str
     step: int
@@ -159,6 +159,7 @@ class Engine:
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.saved = -1
         self.totals: Totals = {}
+        self.clock = _Clock(0.0, 0)
 
     def train(self) -> Outcome:
         """From the state's step to the end of the run, or until any rank must stop. Saves at both."""
@@ -166,7 +167,7 @@ class Engine:
         reads = self.workload.reads
         batches = self.loader.train(state.step * reads)
         self.saved = state.step
-        clock = _Clock(state.seconds, state.step)
+        clock = self.clock = _Clock(state.seconds, state.step)
         self.workload.train()
         while True:
             if limits.samples.due(state.step):
@@ -175,6 +176,7 @@ class Engine:
                 return self.leave("preempted", clock)
             if limits.heed and self.watch.verdict.state != "healthy":
                 return self.leave(self.watch.verdict.state, clock)
+            runtime.deadline.step()
             due = state.step % self.poll_every == 0
             stop, save, finish, faults = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
             if stop or finish or state.step == limits.total_steps:
@@ -387,10 +389,14 @@ class Engine:
         return self.outcome(status if self.save(clock) else "non_finite", clock)
 
     def outcome(self, status: str, clock: _Clock) -> Outcome:
-        signals = filter(None, self.runtime.gather(self.runtime.signalled))
+        signals = [*filter(None, self.runtime.gather(self.runtime.signalled)), "a signal"]
+        if status == "preempted" and self.runtime.deadline.named_by(signals[0]):
+            status = "time_limit"
+        stopped = f"stopped by {signals[0]}; the same command goes on from here"
         reason = {
             "done": "the duration is reached",
-            "preempted": f"stopped by {next(signals, 'a signal')}; the same command goes on from here",
+            "preempted": stopped,
+            "time_limit": stopped,
             "non_finite": "the loss is not a finite number: lower optimizer.lr or set optimizer.clip_norm",
             "bad_data": "too many samples could not be read",
         }.get(status, self.watch.verdict.reason)
@@ -416,6 +422,7 @@ class _Clock:
         self._saved = self._mark = self._interval = now
         self._interval_step = step
         self._waited = self._elsewhere = 0.0
+        self.saving = self.evaluating = 0.0  # seconds of this life
         self._steps, self._seconds = 0, 0.0  # of training alone
 
     def run_seconds(self) -> float:
@@ -436,6 +443,9 @@ class _Clock:
         self._elsewhere += now - self._mark
         if saved:
             self._saved = now
+            self.saving += now - self._mark
+        else:
+            self.evaluating += now - self._mark
 
     def interval(self, step: int, samples_per_step: int) -> Metrics:
         """Speed and the share of the time that went into waiting for data, since the last call."""

@@ -14,6 +14,7 @@ from .checkpoint import CheckpointStore, Damaged, folder
 from .config import RunConfig, UserError
 from .data.plan import BatchPlan
 from .data.sources import DataSet
+from .deadline import Deadline, end_of_job
 from .directory import Directory, SilentSaver, check_resume, make_sinks, read_outcome, shown
 from .engine import Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
@@ -93,6 +94,7 @@ def _train(
     samples_per_step = plan.batch_size * workload.reads
     limits = build_limits(config, samples_per_step, plan.size)
     directory: Directory | None = None
+    runtime.deadline = Deadline(runtime.broadcast(end_of_job() if runtime.main else None))
 
     def open_directory() -> dict[str, Any] | None:
         """On rank 0: rights, lease, config, log. Returns the outcome where there is nothing left to do."""
@@ -109,7 +111,7 @@ def _train(
         store = CheckpointStore(storage.at("checkpoints"))
         directory = Directory(
             config, name, storage, store, lease, log, Tracker(log, console), limits.keep, workload.headline,
-            workload.maximise, runtime.signals,
+            workload.maximise, runtime.signals, runtime.deadline,
         )  # fmt: skip
         if store.folders() and storage.exists("config.yaml"):
             stored = load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
@@ -135,7 +137,8 @@ def _train(
             workload.quality = judge
             runtime.prepare(workload, config.channels_last, config.compile)
             engine, outcome = run.live(workload)
-        return run.finish(engine, outcome) if directory else _exit_code(outcome)
+        code = run.finish(engine, outcome) if directory else _exit_code(outcome)
+        return runtime.exit_code(code, outcome.status)
     except UserError:
         raise
     except BaseException as error:
@@ -146,6 +149,8 @@ def _train(
     finally:
         if directory:
             directory.tracker.console.close()
+            if directory.recorder:
+                directory.recorder.stop()
             directory.lease.release()
 
 
@@ -224,6 +229,7 @@ class Run:
         agreed(runtime, lambda: directory.begin(step, self.data.description) if directory else None)
         if directory:
             _greet(directory, runtime, self.data, workload, step)
+            directory.record(engine)
         outcome = engine.train()
         if outcome.status == "bad_data":
             problems = [p for found in runtime.gather(list(loader.problems)) for p in found]
@@ -274,9 +280,12 @@ class Run:
                                  "seconds": engine.state.seconds}  # fmt: skip
         if workload.generates:
             about |= {"health": asdict(outcome.health), "rollbacks": self.rollbacks}
+        assert directory.recorder
+        goodput = directory.recorder.end(outcome.status)
+        about["goodput"] = goodput.summary()
         directory.write_outcome({**result, **about})
         checkpoint = f"checkpoints/{folder(engine.saved)}" if engine.saved and not unsaved else None
-        summary = {**result, "checkpoint": checkpoint and f"{storage}/{checkpoint}"}
+        summary = {**result, "checkpoint": checkpoint and f"{storage}/{checkpoint}", "goodput": goodput.summary()}
         tracker.close(summary, failed=bool(unsaved) or _exit_code(outcome) != 0)
         here = shown(storage)
         tracker.note(f"{outcome.status} at step {outcome.step}: {unsaved or outcome.reason}")
@@ -287,6 +296,8 @@ class Run:
         tracker.note(f"  metrics     {here}/metrics")
         if tracker.records:
             tracker.note(f"  pictures    {here}/samples/*.png")
+        for line in goodput.table() if goodput.lives > 1 else ():
+            tracker.note(line)
         _print_result(result)
         return 1 if unsaved else _exit_code(outcome)
 
@@ -307,10 +318,10 @@ def _greet(directory: Directory, runtime: Runtime, data: DataSet, workload: Work
 
 
 def _exit_code(outcome: Outcome) -> int:
-    return 0 if outcome.status in ("done", "preempted") else 1
+    return 0 if outcome.status in ("done", "preempted", "time_limit") else 1
 
 
 def _print_result(result: dict[str, Any]) -> None:
     """The last line of a run, for programs."""
-    hidden = ("reason", "metrics", "seconds", "health", "rollbacks")
+    hidden = ("reason", "metrics", "seconds", "health", "rollbacks", "goodput", "life")
     print(json.dumps({k: v for k, v in result.items() if k not in hidden}), flush=True)  # noqa: T201

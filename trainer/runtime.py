@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import elastic
+from .deadline import Deadline
 from .nn.norm import convert_batch_norm
 from .workload import Batch, Phase, Scalars, Totals, Workload
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 Groups = dict[str, dict[str, Tensor]]  # named tensors, as a checkpoint holds them
 
 TIMEOUT = datetime.timedelta(minutes=5)
+LEFT = 75  # the exit code EX_TEMPFAIL: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)  # by the command line while it imports, so that none kills or is lost
 
 
 class LaunchError(Exception):
@@ -53,6 +57,8 @@ class Place:
     port: int = 0
     restart: str = "0"  # tells the process groups of an elastic job's lives apart
     agent: bool = False  # whether torchrun keeps the store
+    agents: int = 1  # how many torchruns, one a node
+    torchrun: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
@@ -65,6 +71,7 @@ class Place:
                     rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)),
                     env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500)),
                     env.get("TORCHELASTIC_RESTART_COUNT", "0"), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                    int(env.get("GROUP_WORLD_SIZE", "1")), "TORCHELASTIC_RUN_ID" in env,
                 )  # fmt: skip
             if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
                 hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
@@ -101,7 +108,11 @@ def threads_per_rank(place: Place, wanted: int | None, environment: Mapping[str,
     if wanted:
         return wanted
     said = env.get("OMP_NUM_THREADS", "")
-    if said.isdecimal() and int(said) > 0 and not (place.agent and said == "1" and place.local_world > 1):
+    if (
+        said.isdecimal()
+        and int(said) > 0
+        and not ((place.agent or place.torchrun) and said == "1" and place.local_world > 1)
+    ):
         return int(said)
     return max(1, cores() // place.local_world)
 
@@ -116,6 +127,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
             self._handlers[number] = signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,6 +161,7 @@ class Runtime:
         self.device = PartialState(cpu=not accelerated).device if accelerated else torch.device("cpu")
         self.rank, self.world, self.main = place.rank, place.world, place.rank == 0
         self.local_main = place.local_rank == 0
+        self._agents = place.agents
         self.batch_norm = batch_norm
         self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
@@ -156,6 +169,7 @@ class Runtime:
         self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
         self._poll: tuple[Tensor, Any] | None = None
         self.signals = signals or StopSignals()
+        self.deadline = Deadline()
 
     def _connect(self, place: Place, backend: str) -> None:
         if place.world == 1:
@@ -171,7 +185,14 @@ class Runtime:
                     f"rank {place.rank} cannot reach {place.address}:{place.port}: {str(error).splitlines()[0]}"
                 ) from None
             # In-place restarts under torchrun must not see the keys of the life before: gloo would hang on them.
-            store = dist.PrefixStore(f"trainer/{place.restart}", tcp)  # type: ignore[attr-defined]
+            life = place.restart
+            if place.torchrun or place.agent:
+                elastic.die_with_parent()
+                try:
+                    life = elastic.agree_on_life(tcp, place.rank, place.world, TIMEOUT)
+                except (TimeoutError, dist.DistError) as error:
+                    raise LaunchError(f"rank {place.rank}: the ranks do not find each other: {error}") from None
+            store = dist.PrefixStore(f"trainer/{life}", tcp)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
     def __enter__(self) -> Runtime:
@@ -183,8 +204,8 @@ class Runtime:
 
     @property
     def signalled(self) -> str:
-        """The signal that asked this rank to stop, or ''."""
-        return self.signals.received
+        """What asked this rank to stop: a signal, or the end of the job's time; or ''."""
+        return self.signals.received or self.deadline.reached()
 
     # Collectives. Everything that steers control flow goes through these, so that no rank decides alone.
 
@@ -213,6 +234,15 @@ class Runtime:
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; poll in every loop, the same number of times on every rank."""
         return bool(self.agree(int(bool(self.signalled)), 0, 0, 0)[0])
+
+    def exit_code(self, code: int, status: str) -> int:
+        """A rank that left for a signal to another node's ranks does not tell its torchrun that all is done.
+
+        Where a node joins, every torchrun stops its ranks, and the first signal stops all: those of a torchrun that is
+        about to do so would look finished to it.
+        """
+        left = status == "preempted" and self._agents > 1 and not self.signals.received
+        return LEFT if left and not code else code
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's plain value on every rank."""
