@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import yaml
 
 from trainer import parts
@@ -62,7 +63,8 @@ class Ours:
         watch.first = engine.state.step + WARM
         watch.last = watch.first + steps
         engine.limits = dataclasses.replace(engine.limits, total_steps=watch.last)
-        engine.evaluated = watch.last  # the evaluation that ends a run is no part of the loop
+        # The evaluation that ends a run is no part of the loop: it counts as done.
+        engine.evaluated, engine.totals = watch.last, {"nothing": torch.zeros(())}
         outcome = engine.train()
         if outcome.status != "done":
             raise KeyboardInterrupt(outcome.reason)

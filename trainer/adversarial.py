@@ -141,7 +141,7 @@ class Adversarial(Workload):
         """z (B, latent) from N(0, 1); with `truncation`, from its part within plus and minus that many deviations."""
         if truncation is None:
             return draws.normal("z", (self.kit.latent,))
-        share = math.erf(truncation / math.sqrt(2))
+        share = min(math.erf(truncation / math.sqrt(2)), 1 - 1e-7)
         return torch.erfinv((2 * draws.uniform("z", (self.kit.latent,)) - 1) * share) * math.sqrt(2)
 
     def generate(self, z: Tensor, labels: Tensor | None) -> Views:

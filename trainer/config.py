@@ -100,6 +100,11 @@ def _yes_or_no(value: object) -> object:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
+def _number(value: object) -> object:
+    """Flags and the environment give text, which a Literal of numbers does not take."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class _Checked(BaseModel):
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +155,7 @@ class DataOptions(Options):
     """Fake data only: size of the training split; the test split is a quarter of it."""
     classes: int = Field(10, ge=1)
     """Fake data only."""
-    channels: Literal[1, 3] = 3
+    channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
     """Fake data, image folders and shards: 1 (grey) or 3 (colour)."""
 
 

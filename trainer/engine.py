@@ -179,7 +179,7 @@ class Engine:
             runtime.deadline.step()
             due = state.step % self.poll_every == 0
             stop, save, finish, faults = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
-            if stop or finish or state.step == limits.total_steps:
+            if stop or finish or self.over():
                 break
             if faults > limits.faults and self.bad_data():
                 return self.outcome("bad_data", clock)
@@ -193,11 +193,16 @@ class Engine:
             if (save or limits.save.due(state.step)) and not self.save(clock):
                 return self.outcome("non_finite", clock)
             self.tracker.progress(state.step)
-        if (finish or state.step == limits.total_steps) and not limits.samples.due(state.step):
+        if (finish or self.over()) and not limits.samples.due(state.step):
             self.sample(clock)
-        if stop or (self.evaluated != state.step and not self.evaluate(clock)):
+        known = self.evaluated == state.step  # by a life that was ended before it could draw its pictures
+        if stop or (not (known and self.totals) and not self.evaluate(clock, record=not known)):
             return self.leave("preempted", clock)
         return self.outcome("bad_data", clock) if self.bad_data() else self.leave("done", clock)
+
+    def over(self) -> bool:
+        """Whether the duration is reached; a life may have begun beyond it, where the user made it shorter."""
+        return self.limits.total_steps is not None and self.state.step >= self.limits.total_steps
 
     def update(self, batches: Sequence[MicroBatches], with_norm: bool = False) -> None:
         """One step: every phase in its turn, with only its own parameters trainable."""
@@ -283,7 +288,7 @@ class Engine:
         return all(map(math.isfinite, means.values()))
 
     @torch.no_grad()
-    def evaluate(self, clock: _Clock | None = None) -> bool:
+    def evaluate(self, clock: _Clock | None = None, record: bool = True) -> bool:
         """Evaluate every sample once and record the metrics; False where a rank must stop first."""
         runtime, step = self.runtime, self.state.step
         buffers = runtime.local_buffers(self.workload)
@@ -312,9 +317,10 @@ class Engine:
         self.metrics = runtime.broadcast(self.workload.report(self.totals) if runtime.main else {})
         self.evaluated = step
         clock.stop_elsewhere()
-        epoch = step * self.samples_per_step / self.loader.epoch_samples
-        self.tracker.log(step, "evaluate", {"epoch": epoch, **self.metrics})
-        self.look("evaluate", self.metrics)
+        if record:
+            epoch = step * self.samples_per_step / self.loader.epoch_samples
+            self.tracker.log(step, "evaluate", {"epoch": epoch, **self.metrics})
+            self.look("evaluate", self.metrics)
         return True
 
     @torch.no_grad()
@@ -401,7 +407,10 @@ class Engine:
             "bad_data": "too many samples could not be read",
         }.get(status, self.watch.verdict.reason)
         speed = clock.speed(self.samples_per_step)
-        return Outcome(status, self.state.step, reason, self.metrics, speed, self.totals, self.watch.verdict)
+        health = self.watch.verdict
+        if status == "non_finite" != health.state:  # the save has noticed before the log did
+            health = Verdict(status, self.state.step, reason)
+        return Outcome(status, self.state.step, reason, self.metrics, speed, self.totals, health)
 
 
 POLL_SECONDS = 0.1  # how often the ranks ask each other whether to stop: small enough for any grace period

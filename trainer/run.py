@@ -229,6 +229,7 @@ class Run:
         agreed(runtime, lambda: directory.begin(step, self.data.description) if directory else None)
         if directory:
             _greet(directory, runtime, self.data, workload, step)
+            directory.tracker.console.health = engine.watch.verdict.state
             directory.record(engine)
         outcome = engine.train()
         if outcome.status == "bad_data":

@@ -313,11 +313,7 @@ class Tracker:
         self.console.progress(step)
 
     def log(self, step: int, kind: str, values: Metrics) -> None:
-        if self._past is None:
-            self._past = list(self.records)
-            self.sent += len(self._past)
-            for sink in self.sinks:
-                sink.past(self._past)
+        self._catch_up()
         record = {"step": step, "kind": kind, **values}
         self.records.append(record)
         try:
@@ -366,7 +362,16 @@ class Tracker:
     def rewind(self, step: int) -> int:
         """Forget what was logged after a checkpoint; returns how many records the sinks have had in vain, in all."""
         self._pending.clear()
+        self._catch_up()  # where this life has logged nothing yet
         return self.sent - len(self.log_.before(step))
+
+    def _catch_up(self) -> None:
+        """Tell the sinks once what earlier lives have logged."""
+        if self._past is None:
+            self._past = list(self.records)
+            self.sent += len(self._past)
+            for sink in self.sinks:
+                sink.past(self._past)
 
     def image(self, step: int, name: str, png: bytes) -> None:
         for sink in self.sinks:
