@@ -267,6 +267,14 @@ def test_a_discriminator_that_wins_at_once_is_a_convergence_failure() -> None:
     )
 
 
+def test_a_generator_that_never_learned_anything_has_not_collapsed_although_its_fakes_are_alike() -> None:
+    lost = trained(15, discriminator_accuracy=1.0, discriminator_loss=1e-5, generator_loss=12.0)
+    alike = evaluations(fid=[91.3, 91.5, 91.4, 91.3, 91.1], diversity=[0.1] * 5, spacing=[0.1] * 5)
+    assert states([*lost, *alike])[-1] == "convergence_failure"
+    learned = evaluations(fid=[91.3, 40.0, 41.0, 42.0, 41.0], diversity=[0.1] * 5)
+    assert states(learned)[-1] == "mode_collapse"
+
+
 def test_a_discriminator_wins_too_where_its_rare_mistakes_are_huge() -> None:
     values = {"discriminator_accuracy": 0.998, "discriminator_loss": 0.1}
     assert states(trained(10, **values, generator_loss=30.0))[-1] == "convergence_failure"

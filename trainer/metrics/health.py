@@ -116,14 +116,21 @@ def _risen_and_narrowed(now: Values, past: Past, rules: Rules) -> Answer:
     return False, ""
 
 
+def _learned(past: Past, rules: Rules) -> bool:
+    """Whether the generator has come nearer to the real samples at all: only then can it have collapsed."""
+    return "fid" not in past.first or past.least["fid"] <= rules.stuck * past.first["fid"]
+
+
 def _alike(now: Values, past: Past, rules: Rules) -> Answer:
     spread = now["diversity"]
-    return spread < rules.diversity, f"fakes are alike: they spread {spread:.2g} times as wide as real samples"
+    alike = spread < rules.diversity and _learned(past, rules)
+    return alike, f"fakes are alike: they spread {spread:.2g} times as wide as real samples"
 
 
 def _crowded(now: Values, past: Past, rules: Rules) -> Answer:
     spacing = now["spacing"]
-    return spacing < rules.spacing, f"fakes nearly repeat: they lie {spacing:.2g} times as far apart as real samples"
+    crowded = spacing < rules.spacing and _learned(past, rules)
+    return crowded, f"fakes nearly repeat: they lie {spacing:.2g} times as far apart as real samples"
 
 
 def _narrow(now: Values, past: Past, rules: Rules) -> Answer:
