@@ -488,7 +488,7 @@ def test_the_help_names_every_setting_with_its_default(
         own = text[start : next((s for s in starts if s > start), None)]
         assert field.description, f"{name} has no description"
         assert " ".join(field.description.split()) in own
-        assert ("Default: " if field.default is None else f"(default: {field.default})") in own
+        assert ("Default: " if field.default in (None, ()) else f"(default: {field.default})") in own
 
 
 # Durations
