@@ -270,12 +270,12 @@ class Adversarial(Workload):
     @torch.no_grad()
     def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
         name = self.data.name
-        fakes = self.samples(draws.of(SHOWN))
-        reals = images([i * self.data.evaluated // SHOWN for i in range(SHOWN)])
         if self.data.size == 1:
             many = self.samples(draws.of(min(2500, self.data.evaluated)))
             real = images(range(len(many)))
             return {"real_and_fake": Points(real.flatten(1), many.cpu().flatten(1) / 2 + 0.5, name)}
+        fakes = self.samples(draws.of(SHOWN))
+        reals = images([i * self.data.evaluated // SHOWN for i in range(SHOWN)])
         found: dict[str, Picture] = {
             "real_and_fake": Panels(
                 (

@@ -178,6 +178,7 @@ class InfoGan(Adversarial):
         accuracies = {f"code_{name}_accuracy": assigned(table) for name, table in tables.items()}
         return {**super().report(totals), **accuracies}
 
+    @torch.no_grad()
     def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
         found = super().pictures(totals, images, draws)
         o, columns = self.options, 10
