@@ -17,12 +17,13 @@ from .ranks import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the forkserver that the ranks come from
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+DATA = os.environ.pop("TRAINER_DATA", None)  # configs that are made in this process would take it for their `data`
 
 
 @pytest.fixture(scope="session")
 def real_data() -> str:
     """The folder with MNIST and Fashion-MNIST."""
-    candidates = [os.environ.get("TRAINER_DATA"), str(Path(__file__).parents[2] / "shared" / "data")]
+    candidates = [DATA, str(Path(__file__).parents[2] / "shared" / "data")]
     for root in filter(None, candidates):
         if (Path(root) / "FashionMNIST" / "raw").is_dir():
             return root

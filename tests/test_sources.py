@@ -107,9 +107,21 @@ def test_the_split_to_evaluate_can_be_chosen_and_a_missing_one_is_named() -> Non
     assert message == "evaluate.split: digits has no 'val' split; it has: train, test: add one or set evaluate.split"
 
 
-def test_a_size_that_a_set_does_not_have_is_refused() -> None:
-    assert complaint("digits", "", size=32).startswith("data.size: 32: the images of digits have 8 pixels")
-    assert open_data(options("digits", size=8), "", "auto").description.size == 8
+def test_images_are_scaled_to_the_size_that_is_asked_for() -> None:
+    plain, large = (open_data(options("digits", size=size), "", "auto") for size in (8, 32))
+    assert (plain.description.size, large.description.size) == (8, 32)
+    assert isinstance(large.train, Memory)
+    assert isinstance(plain.train, Memory)
+    assert (large.train.images.shape, large.train.images.dtype) == ((1198, 1, 32, 32), torch.uint8)
+    assert large.train.labels.equal(plain.train.labels)
+    for small, image in zip(plain.train.images[:20, 0], large.train.images[:20, 0], strict=True):
+        expected = Image.fromarray(small.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+        assert np.abs(image.numpy().astype(int) - np.asarray(expected)).max() <= 1
+    assert large.held_out.images.shape == (599, 1, 32, 32)  # type: ignore[union-attr]
+
+
+def test_points_have_no_size() -> None:
+    assert complaint("ring8", "", size=8) == "data.size: ring8 is points, which have no size: remove data.size"
 
 
 # MNIST and Fashion-MNIST.

@@ -3,6 +3,7 @@ there. Settings make the networks small; further cases are the options that chan
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer import parts
+from trainer.adversarial import Adversarial, Fakes
 from trainer.config import RunConfig
 from trainer.data.sources import DataSet
 from trainer.engine import Engine
@@ -19,7 +21,7 @@ from trainer.runtime import Runtime
 from trainer.schedule import constant
 from trainer.state import TrainState
 from trainer.tracker import Silent
-from trainer.workload import Workload
+from trainer.workload import Batch, Workload
 
 from .test_engine import Keep, difference
 from .workers import on_ranks
@@ -138,11 +140,40 @@ def test_gradients_are_only_where_a_phase_trains(case: str) -> None:
         assert with_gradient == own
 
 
+@pytest.mark.parametrize("case", GENERATORS)
+def test_the_discriminator_first_sees_the_fakes_that_the_generator_was_judged_by(case: str) -> None:
+    engine, _ = engine_of(_runtime(), case)
+    workload = engine.workload
+    assert isinstance(workload, Adversarial)
+    made: list[tuple[Tensor, ...]] = []
+    given: list[tuple[Tensor, ...]] = []
+    generate, hand_on = workload.generate, workload.given
+
+    def generated(z: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+        made.append(generate(z, labels))
+        return made[-1]
+
+    def handed_on(batch: Batch, draws: Draws) -> Fakes:
+        fakes = hand_on(batch, draws)
+        given.append(fakes.views)
+        return fakes
+
+    workload.generate, workload.given = generated, handed_on  # type: ignore[method-assign]
+    engine.update(list(islice(engine.loader.train(0), workload.reads)))
+    micro_batches, turns = engine.loader.plan.accumulation, workload.phases[1].times  # type: ignore[attr-defined]
+    assert len(made) == len(given) == micro_batches * turns
+    assert all(
+        torch.equal(a, b) for views, seen in zip(made, given, strict=True) for a, b in zip(views, seen, strict=True)
+    )
+    assert not any(view.requires_grad for views in given for view in views)
+    assert not workload._handed_on
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_phase_can_overfit_one_batch(case: str) -> None:
     engine, _ = engine_of(_runtime(), case)
     rows, batch = next(iter(engine.loader.train(0)))[0]
-    for phase in engine.workload.phases:
+    for phase in reversed(engine.workload.phases):  # an untrained discriminator has little to tell a generator
         for parameter in engine.workload.parameters():
             parameter.requires_grad_(any(parameter is p for p in phase.parameters))
         losses = []

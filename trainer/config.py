@@ -134,7 +134,7 @@ class DataOptions(Options):
     download: bool = True
     """Whether missing files may be fetched."""
     size: int | None = Field(None, ge=4, le=1024)
-    """Height and width in pixels for image folders, shards, LSUN, ImageNet and fake data. Default: 224; fake: 32."""
+    """Height and width of the images in pixels. Default: as they are; image folders, shards, LSUN and ImageNet: 224."""
     resident: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Keep the set as one uint8 tensor on the device; auto does so for the small sets."""
     workers: int = Field(2, ge=0, le=128)

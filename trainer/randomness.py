@@ -76,6 +76,11 @@ class Draws:
         """The training step; 0 outside of training."""
         return self.scope[0] if isinstance(self.scope[0], int) else 0
 
+    @property
+    def turn(self) -> tuple[object, ...]:
+        """The update and micro-batch that this is of any phase: (step, time, micro-batch)."""
+        return (self.scope[0], *self.scope[2:])
+
     def of(self, count: int) -> Draws:
         """The same draws for the rows 0..count-1."""
         return replace(self, rows=slice(0, count))

@@ -7,6 +7,7 @@ with the same process group. Differences between torch versions are handled here
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import functools
@@ -159,6 +160,8 @@ class Runtime:
         self._connect(place, backend)
         os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # where PartialState takes the device's index from
         self.device = PartialState(cpu=not accelerated).device if accelerated else torch.device("cpu")
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self.rank, self.world, self.main = place.rank, place.world, place.rank == 0
         self.local_main = place.local_rank == 0
         self._agents = place.agents
@@ -391,6 +394,15 @@ def _no_buffer_sync() -> dict[str, bool]:
     """torch 2.13 renamed broadcast_buffers, which also skips the sync at construction; there are no buffers here."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks for the next step, which else faults in every page of them anew: 6 % of DCGAN's."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def _device_backend() -> str:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import DataOptions, UserError
 from ..workload import Description, Mixture
@@ -110,14 +110,26 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
             raise
         raise UserError(f"data.root: {root!r} cannot be read: {_reason(error)}") from error
     if options.size not in (None, data.description.size):
-        raise UserError(
-            f"data.size: {options.size}: the images of {options.name} have {data.description.size} pixels and are not "
-            f"resized: remove data.size"
-        )
+        data = _resized(data, options.size)
     for name, part in (("train", data.train), (data.split, data.held_out)):
         if not len(part):
             raise UserError(f"data.name: {options.name}: the {name} split in {root!r} is empty: check data.root")
     return data
+
+
+def _resized(data: DataSet, size: int) -> DataSet:
+    """The data set with images of another size, such as the 64 pixels that DCGAN was made for."""
+    if data.description.mixture:
+        raise UserError(f"data.size: {data.description.name} is points, which have no size: remove data.size")
+
+    def part(split: Memory | Stored) -> Memory:
+        assert isinstance(split, Memory), "stored images are given their size where they are read"
+        pieces = split.images.split(1000)  # antialiased scaling works on 32-bit copies
+        images = [nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True) for x in pieces]
+        return replace(split, images=torch.cat(images))
+
+    description = replace(data.description, size=size)
+    return replace(data, description=description, train=part(data.train), held_out=part(data.held_out))
 
 
 def _describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
@@ -316,7 +328,7 @@ def _fake(options: DataOptions, root: str, split: str) -> DataSet:
     size, channels, classes = options.size or 32, options.channels, options.classes
     generator = torch.Generator().manual_seed(0)
     patterns = torch.rand((classes, channels, 4, 4), generator=generator)
-    patterns = torch.nn.functional.interpolate(patterns, size=(size, size)) * 160
+    patterns = nn.functional.interpolate(patterns, size=(size, size)) * 160
 
     def part(count: int) -> Memory:
         labels = torch.randint(classes, (count,), generator=generator)

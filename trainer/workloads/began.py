@@ -60,15 +60,16 @@ class Began(Adversarial):
         return (images - self.discriminator(images)).abs().mean((1, 2, 3))
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        given = self.given(batch, draws)
         with torch.no_grad():
-            fakes = self.see(self.fakes(batch, draws)[0], draws, "fake")
+            fakes = self.see(given.views, draws, "fake")
             reals = self.see(self.reals(batch), draws, "real")
         real, fake = self.rebuilt(reals[0]).mean(), self.rebuilt(fakes[0]).mean()
         loss = real - self.k * fake
         return loss, {"real_loss": real.detach(), "k": self.k.clone(), "convergence": self.convergence.clone()}
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        loss = self.rebuilt(self.see(self.fakes(batch, draws)[0], draws, "fake")[0]).mean()
+        loss = self.rebuilt(self.see(self.fakes(batch, draws).views, draws, "fake")[0]).mean()
         return loss, {"fake_loss": loss.detach()}
 
     def after_step(self, step: int, means: Scalars) -> None:

@@ -131,14 +131,14 @@ class InfoGan(Adversarial):
         return loss, {"code_loss": loss.detach(), "code_accuracy": right}
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        given = self.given(batch, draws)
         with torch.no_grad():
-            z = self.latents(draws)
-            fakes = self.see((self.generator(z),), draws, "fake")
+            fakes = self.see(given.views, draws, "fake")
             reals = self.see(self.reals(batch), draws, "real")
         real, _, _ = self.discriminator.read(reals[0])
         fake, category, codes = self.discriminator.read(fakes[0])
         loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
-        missing, told = self.missing(z, category, codes)
+        missing, told = self.missing(given.z, category, codes)
         scalars = {**self.signals(loss, real, fake), **told}
         loss = loss + missing
         for name, penalty in self.penalties(reals, fakes, None, draws):
@@ -147,10 +147,10 @@ class InfoGan(Adversarial):
         return loss, scalars
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        z = self.latents(draws)
-        fake, category, codes = self.discriminator.read(self.see((self.generator(z),), draws, "fake")[0])
+        fakes = self.fakes(batch, draws)
+        fake, category, codes = self.discriminator.read(self.see(fakes.views, draws, "fake")[0])
         loss = self.criterion.generator(fake)
-        return loss + self.missing(z, category, codes)[0], {"generator_loss": loss.detach()}
+        return loss + self.missing(fakes.z, category, codes)[0], {"generator_loss": loss.detach()}
 
     # Evaluation: does the category tell the classes apart?
 

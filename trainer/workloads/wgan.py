@@ -51,4 +51,5 @@ class Wgan(Adversarial):
             torch._foreach_clamp_min_(critic, -options.clip)
             torch._foreach_clamp_max_(critic, options.clip)
 
-        self.phases[0].optimizer.register_step_post_hook(clip)
+        _, judging = self.phases
+        judging.optimizer.register_step_post_hook(clip)
