@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+_ADAM = {"name": "adam", "lr": 2e-4, "betas": [0.5, 0.999]}
 # The settings of ours that are the plain program's (benchmarks/plain.py), by the name of the network there.
 SETTINGS = {
     "softmax": {"batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.01}, "workload": {"network": "softmax"}},
     "fnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}, "workload": {"network": "fnn"}},
     "cnn": {"batch_size": 100, "optimizer": {"name": "adam", "lr": 1e-3}, "workload": {"network": "cnn"}},
+    "small dcgan": {"batch_size": 64, "optimizer": _ADAM, "workload": {"name": "dcgan", "width": 64}},
     "dcgan": {
-        "batch_size": 64, "optimizer": {"name": "adam", "lr": 2e-4, "betas": [0.5, 0.999]},
-        "workload": {"name": "dcgan", "width": 64},
+        "batch_size": 64, "optimizer": _ADAM, "workload": {"name": "dcgan", "width": 64}, "data": {"size": 64},
     },
 }  # fmt: skip
 _FILES = {

@@ -74,8 +74,8 @@ class Ours:
 @contextlib.contextmanager
 def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
     """The trainer on Fashion-MNIST as `python -m trainer` puts it together, without checkpoints and evaluation."""
-    values = {**_ALWAYS, **settings, "data": {"name": "fashion_mnist", "root": data},
-              "workload": {"name": "classifier", **settings["workload"]}}  # fmt: skip
+    values = {**_ALWAYS, **settings, "workload": {"name": "classifier", **settings["workload"]},
+              "data": {"name": "fashion_mnist", "root": data, **settings.get("data", {})}}  # fmt: skip
     config = parts.load_config(yaml.safe_dump(values), "benchmark")
     place = Place.from_environment()
     fashion = open_data(config.data, data, config.evaluate.split)

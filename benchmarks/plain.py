@@ -6,6 +6,7 @@ by `.item()` in every step, as ours logs them. Run as a program, with DATA NETWO
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, int]:
@@ -48,28 +49,30 @@ def training(data: str, network: nn.Module, optimizer: torch.optim.Optimizer, ba
             yield loss.item()
 
 
-def adversarial(data: str, batch_size: int) -> Iterator[float]:
-    """A DCGAN step with each `next`, as tutorials write it: the width of ours, a sigmoid and BCELoss, the generator's
-    step through a discriminator whose gradients are computed and thrown away, `.item()` of both losses."""
+def adversarial(data: str, batch_size: int, size: int) -> Iterator[float]:
+    """A DCGAN step with each `next`, as tutorials write it: the networks of ours for 28 or 64 pixels, a sigmoid and
+    BCELoss, the generator's step through a discriminator whose gradients are computed and thrown away, `.item()` of
+    all losses."""
+    first = {28: 7, 64: 4}[size]  # pixels behind the first layer
+    widths = [64 * 2**i for i in range((size // first).bit_length() - 1)]
 
     def conv(layer: type[nn.Module], before: int, after: int, *shape: int) -> nn.Module:
         return layer(before, after, *shape, bias=False)
 
-    generator = nn.Sequential(
-        conv(nn.ConvTranspose2d, 100, 128, 7, 1, 0), nn.BatchNorm2d(128), nn.ReLU(True),
-        conv(nn.ConvTranspose2d, 128, 64, 4, 2, 1), nn.BatchNorm2d(64), nn.ReLU(True),
-        conv(nn.ConvTranspose2d, 64, 1, 4, 2, 1), nn.Tanh(),
-    )  # fmt: skip
-    discriminator = nn.Sequential(
-        conv(nn.Conv2d, 1, 64, 4, 2, 1), nn.LeakyReLU(0.2, True),
-        conv(nn.Conv2d, 64, 128, 4, 2, 1), nn.BatchNorm2d(128), nn.LeakyReLU(0.2, True),
-        conv(nn.Conv2d, 128, 1, 7, 1, 0), nn.Sigmoid(),
-    )  # fmt: skip
+    up: list[nn.Module] = [conv(nn.ConvTranspose2d, 100, widths[-1], first, 1, 0)]
+    for after, before in reversed(list(itertools.pairwise(widths))):
+        up += [nn.BatchNorm2d(before), nn.ReLU(True), conv(nn.ConvTranspose2d, before, after, 4, 2, 1)]
+    up += [nn.BatchNorm2d(64), nn.ReLU(True), conv(nn.ConvTranspose2d, 64, 1, 4, 2, 1), nn.Tanh()]
+    down: list[nn.Module] = [conv(nn.Conv2d, 1, 64, 4, 2, 1), nn.LeakyReLU(0.2, True)]
+    for before, after in itertools.pairwise(widths):
+        down += [conv(nn.Conv2d, before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, True)]
+    down += [conv(nn.Conv2d, widths[-1], 1, first, 1, 0), nn.Sigmoid()]
+    generator, discriminator = nn.Sequential(*up), nn.Sequential(*down)
     criterion = nn.BCELoss()
     optimizers = [
         torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (discriminator, generator)
     ]
-    transform = Compose([ToTensor(), Normalize(0.5, 0.5)])
+    transform = Compose([Resize(size), ToTensor(), Normalize(0.5, 0.5)])
     loader = DataLoader(FashionMNIST(data, train=True, transform=transform), batch_size, shuffle=True, drop_last=True)
     real, fake = torch.ones(batch_size), torch.zeros(batch_size)
     while True:

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dcgan, multi-scale": {"name": "dcgan", "multi_scale": True, "gradient_penalty": 1.0, "instance_noise": 0.1},
     "biggan, attending": {"name": "biggan", "attention": "yes", "hierarchical": False, "r1": 1.0},
     "gan, points": {"name": "gan", "loss": "hinge", "packing": 2, "spectral_norm": True},
+    "began, normalised": {"name": "began", "norm": "batch"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
 }  # fmt: skip
