@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from trainer.yaml_file import YamlError, read_file
 
 from . import Refused
 
@@ -50,30 +50,12 @@ class Site:
     after_node_failure: Literal["wait", "shrink"] = "wait"
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [name.value for name, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise Refused(f"{name}: given twice: keep one of them")
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: str) -> dict[str, Any]:
     """A mapping as plain data; raises Refused."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except FileNotFoundError:
-        raise Refused(f"{path}: no such file: check the path") from None
-    except Refused as problem:
-        raise Refused(f"{path}: {problem}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Refused(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if values is not None and not isinstance(values, dict):
-        raise Refused(f"{path}: should be a mapping of settings, not a {type(values).__name__}")
-    return values or {}
+        return read_file(path)
+    except YamlError as error:
+        raise Refused(str(error)) from None
 
 
 def read_site(path: str | None) -> Site:

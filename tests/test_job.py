@@ -117,7 +117,7 @@ def test_the_site_file_of_the_project_changes_nothing(monkeypatch: pytest.Monkey
     ("text", "said"),
     [
         ("partitoin: gpu", "partitoin: unknown setting; did you mean 'partition'"),
-        ("partition: gpu\npartition: cpu", "partition: given twice"),
+        ("partition: gpu\npartition: cpu", "duplicate key 'partition' in line 2: keep one"),
         ("modules: cuda", "modules: 'cuda' should be a list of texts"),
         ("signal_seconds: long", "signal_seconds: 'long' should be a whole number"),
         ("after_node_failure: hope", "should be one of wait, shrink"),
@@ -125,8 +125,8 @@ def test_the_site_file_of_the_project_changes_nothing(monkeypatch: pytest.Monkey
         ("container: {kind: docker, image: x}", "should be one of apptainer, enroot"),
         ("container: x.sif", "a mapping with kind and image"),
         ("environment: {a b: 1}", "cannot be the name of a variable"),
-        ("partition: [", "cannot be read"),
-        ("- partition", "should be a mapping"),
+        ("partition: [", "not valid YAML in line 1"),
+        ("- partition", "is a mapping of settings, not a list"),
         ("partition: 7", "put it into quotes"),
     ],
 )

@@ -13,7 +13,8 @@ import trainer
 ROOT = Path(trainer.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
-    "settings": {"config"},
+    "yaml_file": set(),
+    "settings": {"config", "yaml_file"},
     "storage": set(),
     "schedule": set(),
     "randomness": set(),

@@ -11,10 +11,8 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -31,69 +29,26 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from . import yaml_file
 from .config import RunConfig, UserError, WorkloadOptions
 
-_MAX_YAML_BYTES = 1 << 20
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for name, _ in node.value:
-            if name.tag != "tag:yaml.org,2002:str":
-                raise UserError(f"the key in line {name.start_mark.line + 1} is not a name: write `setting: value`")
-            if name.value in seen:
-                raise UserError(f"duplicate key {name.value!r} in line {name.start_mark.line + 1}: keep one of them")
-            seen.add(name.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
     """A config as plain data; raises UserError with the file's name."""
-    if len(text) > _MAX_YAML_BYTES:
-        raise UserError(f"{name}: too long for a config; the limit is {_MAX_YAML_BYTES} bytes")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{name}: YAML aliases (*name) are not supported: write the value out")
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except UserError as error:
-        raise UserError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{name}: not valid YAML{where}: {problem}") from None
-    except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, brackets a thousand deep
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UserError(f"{name}: not valid YAML: {reason}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: a config is a mapping of settings, not a {type(values).__name__}")
-    return values
+        return yaml_file.read_yaml(text, name)
+    except yaml_file.YamlError as error:
+        raise UserError(str(error)) from None
 
 
 def read_file(path: str) -> dict[str, Any]:
+    """The config in a file; raises UserError."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            return read_yaml(file.read(_MAX_YAML_BYTES + 1), path)
-    except FileNotFoundError:
-        there = {p.stem: str(p) for p in sorted(Path(path).parent.glob("*.yaml"))}
-        near = difflib.get_close_matches(Path(path).stem, there, 1)
-        hint = f"did you mean {there[near[0]]!r}?" if near else "check the path"
-        raise UserError(f"no config file {path!r}: {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config: {error}") from None
+        return yaml_file.read_file(path)
+    except yaml_file.YamlError as error:
+        raise UserError(str(error)) from None
 
 
 def config_class(*workloads: type[WorkloadOptions], default: WorkloadOptions | None = None) -> type[RunConfig]:
