@@ -21,7 +21,7 @@ from trainer.runtime import Runtime
 from trainer.schedule import constant
 from trainer.state import TrainState
 from trainer.tracker import Silent
-from trainer.workload import Batch, Workload
+from trainer.workload import Workload
 
 from .test_engine import Keep, difference
 from .workers import on_ranks
@@ -142,44 +142,47 @@ def test_gradients_are_only_where_a_phase_trains(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", GENERATORS)
-def test_the_discriminator_first_sees_the_fakes_that_the_generator_was_judged_by(case: str) -> None:
+def test_the_generator_is_judged_by_the_fakes_that_the_discriminator_has_just_seen(case: str) -> None:
     engine, _ = engine_of(_runtime(), case)
     workload = engine.workload
     assert isinstance(workload, Adversarial)
     made: list[tuple[Tensor, ...]] = []
     given: list[tuple[Tensor, ...]] = []
-    generate, hand_on = workload.generate, workload.given
+    taken: list[tuple[Tensor, ...]] = []
+    generate, give, take = workload.generate, workload.given, workload.fakes
 
     def generated(z: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
         made.append(generate(z, labels))
         return made[-1]
 
-    def handed_on(batch: Batch, draws: Draws) -> Fakes:
-        fakes = hand_on(batch, draws)
-        given.append(fakes.views)
+    def noted(kind: list[tuple[Tensor, ...]], fakes: Fakes) -> Fakes:
+        kind.append(fakes.views)
         return fakes
 
-    workload.generate, workload.given = generated, handed_on  # type: ignore[method-assign]
+    workload.generate = generated  # type: ignore[method-assign]
+    workload.given = lambda batch, draws: noted(given, give(batch, draws))  # type: ignore[method-assign]
+    workload.fakes = lambda batch, draws: noted(taken, take(batch, draws))  # type: ignore[method-assign]
     engine.update(list(islice(engine.loader.train(0), workload.reads)))
-    micro_batches, turns = engine.loader.plan.accumulation, workload.phases[1].times  # type: ignore[attr-defined]
-    assert len(made) == len(given) == micro_batches * turns
-    assert all(
-        torch.equal(a, b) for views, seen in zip(made, given, strict=True) for a, b in zip(views, seen, strict=True)
-    )
+
+    micro_batches = engine.loader.plan.accumulation  # type: ignore[attr-defined]
+    assert len(given) == micro_batches * workload.phases[0].times
+    assert len(taken) == micro_batches
+    assert len(made) == len(given) + micro_batches - 1
+    assert all(torch.equal(seen, judged) for seen, judged in zip(given[-1], taken[-1], strict=True))
     assert not any(view.requires_grad for views in given for view in views)
-    assert not workload._handed_on
+    assert workload._kept is None
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_phase_can_overfit_one_batch(case: str) -> None:
     engine, _ = engine_of(_runtime(), case)
     rows, batch = next(iter(engine.loader.train(0)))[0]
-    for phase in reversed(engine.workload.phases):  # an untrained discriminator has little to tell a generator
+    for step, phase in enumerate(engine.workload.phases, 1):
         for parameter in engine.workload.parameters():
             parameter.requires_grad_(any(parameter is p for p in phase.parameters))
         losses = []
         for _ in range(40):
-            value, _ = phase.loss(batch, Draws(0, (1, phase.name, 0, 0), rows, torch.device("cpu"), torch.float64))
+            value, _ = phase.loss(batch, Draws(0, (step, phase.name, 0, 0), rows, torch.device("cpu"), torch.float64))
             value.backward()
             phase.optimizer.step()
             phase.optimizer.zero_grad()

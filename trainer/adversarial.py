@@ -1,9 +1,9 @@
 """What every pair of generator and discriminator shares: losses, the stability kit, samples, evaluation.
 
 A workload of the GAN family is an `Adversarial` with its own networks; it overrides a method where its paper differs.
-The generator's phase comes first, against a frozen discriminator, and hands its fakes on to the discriminator's first
-update: simultaneous gradient descent (Mescheder et al. 2017), a tenth cheaper than if that made fakes of its own, as
-further updates do. Each phase is one loss and one backward pass, penalties included.
+The discriminator's phase comes first and trains on fakes without a graph into the generator; in the generator's phase
+the discriminator is frozen. That phase goes on with the newest fakes of the one before, whose graph was kept: a tenth
+of a step less than new ones would cost. Each phase is one loss and one backward pass, penalties included.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ class Adversarial(Workload):
         rate = options.discriminator_lr or optimizer.lr
         discriminators = optim.build(optimizer.model_copy(update={"lr": rate}), discriminator)
         self.phases = (
-            Phase("generator", self.generator_loss, optim.build(optimizer, generator)),
             Phase("discriminator", self.discriminator_loss, discriminators, times=options.discriminator_steps),
+            Phase("generator", self.generator_loss, optim.build(optimizer, generator)),
         )
-        self._handed_on: dict[tuple[object, ...], Fakes] = {}  # within a step only, so no checkpoint needs it
+        self._kept: tuple[object, Fakes] | None = None  # within a step only, so no checkpoint needs it
 
     @property
     def headline(self) -> str:  # type: ignore[override]
@@ -181,21 +181,27 @@ class Adversarial(Workload):
             logits = self.discriminator(*seen, labels) if self.conditional else self.discriminator(*seen)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def fakes(self, batch: Batch, draws: Draws) -> Fakes:
-        """Fakes of the generator's phase, with a graph into it."""
+    def make(self, batch: Batch, draws: Draws) -> Fakes:
         labels = batch["label"] if self.conditional else None
         with drawing(self.generator, draws):
             z = self.latents(draws)
-            fakes = Fakes(self.generate(z, labels), z, labels)
-        self._handed_on[draws.turn] = replace(fakes, views=tuple(view.detach() for view in fakes.views))
-        return fakes
+            return Fakes(self.generate(z, labels), z, labels)
 
     def given(self, batch: Batch, draws: Draws) -> Fakes:
-        """Fakes of the discriminator's phase, without a graph: the generator's own, where it has had this turn."""
-        if draws.turn not in self._handed_on:
-            with torch.no_grad():
-                self.fakes(batch, draws)
-        return self._handed_on.pop(draws.turn)
+        """Fakes of the discriminator's phase, without a graph. The newest keep theirs for the generator's phase."""
+        self._kept = None  # first, so that two graphs never take memory at once
+        self.generator.requires_grad_(True)  # it is frozen in this phase
+        fakes = self.make(batch, draws)
+        self.generator.requires_grad_(False)
+        self._kept = draws.place, fakes
+        return replace(fakes, views=tuple(view.detach() for view in fakes.views))
+
+    def fakes(self, batch: Batch, draws: Draws) -> Fakes:
+        """Fakes of the generator's phase: those that the discriminator has just seen, else new ones."""
+        if self._kept is None or self._kept[0] != draws.place:
+            return self.make(batch, draws)
+        (_, fakes), self._kept = self._kept, None
+        return fakes
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         given = self.given(batch, draws)

@@ -77,9 +77,9 @@ class Draws:
         return self.scope[0] if isinstance(self.scope[0], int) else 0
 
     @property
-    def turn(self) -> tuple[object, ...]:
-        """The update and micro-batch that this is of any phase: (step, time, micro-batch)."""
-        return (self.scope[0], *self.scope[2:])
+    def place(self) -> tuple[object, object]:
+        """The step and the micro-batch, which phases have in common."""
+        return self.scope[0], self.scope[-1]
 
     def of(self, count: int) -> Draws:
         """The same draws for the rows 0..count-1."""

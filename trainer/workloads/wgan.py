@@ -51,5 +51,5 @@ class Wgan(Adversarial):
             torch._foreach_clamp_min_(critic, -options.clip)
             torch._foreach_clamp_max_(critic, options.clip)
 
-        _, judging = self.phases
+        judging, _ = self.phases
         judging.optimizer.register_step_post_hook(clip)
