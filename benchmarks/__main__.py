@@ -35,9 +35,9 @@ data:
   else random bytes of its shape: speed does not depend on the pixels.
 
 examples:
-  python -m benchmarks                 everything, about ten minutes
+  python -m benchmarks                 everything, about fifteen minutes
   python -m benchmarks step overhead   two of them
-  python -m benchmarks --quick         everything for one or two minutes, to see
+  python -m benchmarks --quick         everything for three minutes, to see
                                        that it works; the figures are rough
 """
 
