@@ -226,7 +226,8 @@ def _points(options: DataOptions, root: str, split: str) -> DataSet:
     generator = torch.Generator().manual_seed(0)
 
     def part(count: int) -> Memory:
-        labels = torch.arange(count) * len(centres) // count
+        # At random: as many points for each mode would be more alike than samples are, and a floor that none can reach.
+        labels = torch.randint(len(centres), (count,), generator=generator)
         points = centres[labels] + mixture.deviation * torch.randn((count, 2), generator=generator)
         return Memory((points + 1)[:, :, None, None] * 127.5, labels)  # which come to the networks as they are
 
