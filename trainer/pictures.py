@@ -83,7 +83,8 @@ def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[st
             shown += finite
         if name in bands and shown:
             axes.axhspan(*bands[name], color=GREEN, alpha=0.12, label="usual when stable")
-        axes.set_title(_short(name.replace("_", " "), 34), fontsize=10)
+        metric, at, features = name.partition("@")
+        axes.set_title(_short(metric.replace("_", " ") + at + features, 34), fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
