@@ -291,3 +291,17 @@ def test_scores_of_tables_do_not_depend_on_the_order_that_ranks_put_rows_in(seed
     order = torch.randperm(50, generator=torch.Generator().manual_seed(seed))
     assert kernel_distance(real, fake[order]) == pytest.approx(kernel_distance(real, fake), rel=1e-6)
     assert neighbours(real, fake[order]) == neighbours(real, fake)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.0, 1.0, 0.1), tuple(2.0 ** -(i / 4) for i in range(20))])
+def test_the_distance_to_expect_of_two_samples_is_what_many_pairs_have_on_average(scales: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deviation = torch.tensor(scales, dtype=torch.float64)
+
+    def sample() -> frechet.Gaussian:
+        rows = torch.randn(500, len(scales), generator=generator, dtype=torch.float64) * deviation
+        return frechet.Gaussian.from_moments(frechet.moments(rows))
+
+    pairs = [(sample(), sample()) for _ in range(200)]
+    mean = sum(frechet.frechet_distance(a, b) for a, b in pairs) / len(pairs)
+    assert frechet.expected_distance(pairs[0][0]) == pytest.approx(mean, rel=0.15)

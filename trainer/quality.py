@@ -105,6 +105,7 @@ class Judge:
             if problem := runtime.broadcast(self._keep(file, groups) if runtime.main else ""):
                 raise UserError(problem)
         self.real, self.table = _gaussian(groups["held_out"]), groups["held_out"]["table"]
+        self.noise = frechet.expected_distance(self.real)
         self.predicted = groups["held_out"].get("classes/predicted", torch.zeros(0))
         for name, group in (("fid_floor", "training"), ("fid_shuffled", "shuffled")):
             if group == "training" or not self.data.mixture:

@@ -240,7 +240,8 @@ class Run:
 
     def watch(self, records: list[dict[str, Any]]) -> Watch:
         """As it stands after what was logged; the same on every rank."""
-        floor = self.judge.controls.get("fid_floor", 0.0) if self.judge else 0.0
+        # The measured floor is that of one sample: in few dimensions it may be far below what is to be expected.
+        floor = max(self.judge.controls["fid_floor"], self.judge.noise) if self.judge else 0.0
         watch = Watch(Rules(fid_floor=FLOORS * floor))
         for record in records:
             hidden = ("step", "kind", "epoch", "lr", "steps_per_epoch", *TIMING)

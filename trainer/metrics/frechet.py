@@ -61,6 +61,17 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(distance.item(), 0.0)
 
 
+def expected_distance(real: Gaussian) -> float:
+    """The Fréchet distance to expect between two samples of this size from one normal distribution, to first order.
+
+    The means add 2 tr(S) / N. The covariances add half the sum of their squared differences over a + b, for all pairs
+    of eigenvalues a and b, and these differences have the variance 2 ab / N, twice that on the diagonal.
+    """
+    values = torch.linalg.eigvalsh(real.covariance).clamp(min=1e-300)
+    pairs = values[:, None] * values / (values[:, None] + values)
+    return float(2 * values.sum() + pairs.sum() + pairs.diagonal().sum()) / real.count
+
+
 def diversity(real: Gaussian, fake: Gaussian) -> float:
     """sqrt(Tr S_fake / Tr S_real): 1 when the fakes vary as much as the real samples, 0 when they are all alike."""
     return (fake.covariance.trace() / real.covariance.trace()).clamp(min=0).sqrt().item()
