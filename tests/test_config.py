@@ -391,6 +391,7 @@ def test_the_printed_config_reads_back_to_itself(ask: Ask) -> None:
 @settings(max_examples=40, deadline=None)
 @example("\x85", 1e-3, "yes", 0)
 @example("\u2028 é", 1e-3, "no", 0)
+@example("0E0", 1e-3, "no", 0)
 @given(
     st.text(st.characters(codec="utf-8"), max_size=12),
     st.floats(1e-12, 1e3),

@@ -12,7 +12,7 @@ import trainer
 
 ROOT = Path(trainer.__file__).parent
 ALLOWED: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"yaml_file"},
     "yaml_file": set(),
     "settings": {"config", "yaml_file"},
     "storage": set(),

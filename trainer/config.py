@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,6 +24,8 @@ from pydantic_settings import (
     BaseSettings,
     SettingsConfigDict,
 )
+
+from .yaml_file import write_yaml
 
 PROTOCOLS = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "ssh", "sftp", "webdav")
 DATA_SETS = (
@@ -388,7 +389,7 @@ def dump(config: RunConfig) -> str:
     values = config.model_dump(mode="json")
     # PyYAML writes these three as they are and reads them back as line ends.
     odd = any(character in json.dumps(values, ensure_ascii=False) for character in "\x85\u2028\u2029")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=not odd)
+    return write_yaml(values, ascii_only=odd)
 
 
 def data_root(config: RunConfig) -> str:

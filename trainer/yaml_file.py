@@ -34,11 +34,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts a text into quotes where the loader would read a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def write_yaml(values: dict[str, Any], ascii_only: bool = False) -> str:
+    """Plain data as text that `read_yaml` reads as the same data."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only)
 
 
 def read_yaml(text: str, name: str) -> dict[str, Any]:
