@@ -182,6 +182,7 @@ class Adversarial(Workload):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def make(self, batch: Batch, draws: Draws) -> Fakes:
+        """New fakes, with a graph into the generator where that is trainable."""
         labels = batch["label"] if self.conditional else None
         with drawing(self.generator, draws):
             z = self.latents(draws)
