@@ -18,6 +18,7 @@ from .processes import answer, called, started
 CASES: list[tuple[str, str, dict[str, Any], float]] = [
     ("softmax b20, SGD", "softmax", {}, 8),
     ("FNN b100, Adam", "fnn", {}, 3),
+    ("  and bf16", "fnn", {"precision": "bf16"}, 3),
     ("CNN b100, Adam", "cnn", {"channels_last": False}, 1.1),
     ("  and channels_last", "cnn", {}, 1.1),
     ("  and bf16 as well", "cnn", {"precision": "bf16"}, 2.2),

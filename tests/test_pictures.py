@@ -90,6 +90,16 @@ def test_a_grid_of_images(count: int, channels: int) -> None:
     assert (0, 0, 0) in found
 
 
+def test_rows_edge_to_edge_have_their_names_beside_them() -> None:
+    black = torch.zeros(20, 1, 28, 28)
+    bare, named = (opened(render(ImageGrid(black, columns=10, rows=rows))) for rows in ((), (LONG_NAME, "b")))
+    margin = named.width - bare.width
+    assert margin > 0
+    assert named.height == bare.height
+    assert (0, 0, 0) in colours(named.crop((0, 0, margin, named.height))), "nothing is written there"
+    assert colours(bare) == {(0, 0, 0), (255, 255, 255)}
+
+
 def test_samples_from_minus_one_to_one_fill_the_grid_and_nan_is_black() -> None:
     samples = torch.ones(64, 1, 16, 16)
     samples[0] = math.nan

@@ -204,10 +204,14 @@ class Adversarial(Workload):
         (_, fakes), self._kept = self._kept, None
         return fakes
 
-    def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+    def seen(self, batch: Batch, draws: Draws) -> tuple[Views, Views, Fakes]:
+        """What the discriminator trains on: what it sees of real images and of fakes, and those fakes."""
         given = self.given(batch, draws)
         with torch.no_grad():
-            fakes, reals = self.see(given.views, draws, "fake"), self.see(self.reals(batch), draws, "real")
+            return self.see(self.reals(batch), draws, "real"), self.see(given.views, draws, "fake"), given
+
+    def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        reals, fakes, given = self.seen(batch, draws)
         # In two passes: BatchNorm must not see real and fake images mixed, which would tell them apart.
         real, fake = self.judge(reals, given.labels, draws), self.judge(fakes, given.labels, draws)
         loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
@@ -319,8 +323,7 @@ class Adversarial(Workload):
             columns = draws.of(classes * 10)
             wanted = torch.arange(classes, device=draws.device).repeat_interleave(10)
             grid = self.images(self.latents(columns), wanted)
-            names = ", ".join(self.data.classes[:classes])
-            found["classes"] = ImageGrid(unit(grid), columns=10, title=f"a row a class: {names}")
+            found["classes"] = ImageGrid(unit(grid), (), f"{name}: generated", 10, self.data.classes[:classes])
         return found
 
     def between(self, draws: Draws, rows: int, columns: int) -> Tensor:

@@ -140,13 +140,19 @@ def _panels_of_tiles(grids: Sequence[ImageGrid]) -> bytes:
 
     gap, header = 12, 24
     tiled = [_tiled(grid) for grid in grids]
-    width = sum(image.width for image in tiled) + gap * (len(tiled) + 1)
+    font = ImageFont.load_default(13)
+    named = [[_short(name, 20) for name in grid.rows] for grid in grids]
+    margins = [gap + (math.ceil(max(map(font.getlength, names))) + gap // 2 if names else 0) for names in named]
+    width = sum(image.width for image in tiled) + sum(margins) + gap
     canvas = Image.new("RGB", (width, max(image.height for image in tiled) + header + gap), "white")
-    draw, font, x = ImageDraw.Draw(canvas), ImageFont.load_default(13), gap
-    for grid, image in zip(grids, tiled, strict=True):
+    draw, x = ImageDraw.Draw(canvas), 0
+    for grid, image, names, margin in zip(grids, tiled, named, margins, strict=True):
+        x += margin
+        for row, name in enumerate(names):
+            draw.text((x - gap // 2, header + image.height * (row + 0.5) / len(names)), name, "black", font, "rm")
         draw.text((x, 5), _short(grid.title, max(image.width // 7, 12)), fill="black", font=font)
         canvas.paste(image, (x, header))
-        x += image.width + gap
+        x += image.width
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

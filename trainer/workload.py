@@ -72,6 +72,7 @@ class ImageGrid:
     captions: tuple[str, ...] = ()
     title: str = ""
     columns: int | None = None
+    rows: tuple[str, ...] = ()  # names of the rows of pictures that are edge to edge
 
 
 @dataclass(frozen=True)

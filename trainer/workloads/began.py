@@ -63,10 +63,7 @@ class Began(Adversarial):
         return (images - self.discriminator(images)).abs().mean((1, 2, 3))
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        given = self.given(batch, draws)
-        with torch.no_grad():
-            fakes = self.see(given.views, draws, "fake")
-            reals = self.see(self.reals(batch), draws, "real")
+        reals, fakes, _ = self.seen(batch, draws)
         real, fake = self.rebuilt(reals[0]).mean(), self.rebuilt(fakes[0]).mean()
         loss = real - self.k * fake
         return loss, {"real_loss": real.detach(), "k": self.k.clone(), "convergence": self.convergence.clone()}

@@ -131,10 +131,7 @@ class InfoGan(Adversarial):
         return loss, {"code_loss": loss.detach(), "code_accuracy": right}
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        given = self.given(batch, draws)
-        with torch.no_grad():
-            fakes = self.see(given.views, draws, "fake")
-            reals = self.see(self.reals(batch), draws, "real")
+        reals, fakes, given = self.seen(batch, draws)
         real, _, _ = self.discriminator.read(reals[0])
         fake, category, codes = self.discriminator.read(fakes[0])
         loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
