@@ -17,6 +17,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
+DCGANS = {"small dcgan": 28, "dcgan": 64}  # pixels
+
+
+def program(data: str, name: str) -> Iterator[float]:
+    """Does a step with each `next`, without end; yields the loss. Names are those of common.SETTINGS."""
+    return adversarial(data, 64, DCGANS[name]) if name in DCGANS else training(data, *build(name))
+
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, int]:
     """Network, optimizer and batch size."""
@@ -35,7 +42,7 @@ def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, int]:
 
 
 def training(data: str, network: nn.Module, optimizer: torch.optim.Optimizer, batch_size: int) -> Iterator[float]:
-    """Does a step with each `next`, without end; yields the loss, after it has added up the running accuracy."""
+    """A classifier's steps, each of which also adds up the running accuracy."""
     loader = DataLoader(FashionMNIST(data, train=True, transform=ToTensor()), batch_size, shuffle=True)
     while True:
         hits = 0.0
@@ -50,7 +57,7 @@ def training(data: str, network: nn.Module, optimizer: torch.optim.Optimizer, ba
 
 
 def adversarial(data: str, batch_size: int, size: int) -> Iterator[float]:
-    """A DCGAN step with each `next`, as tutorials write it: the networks of ours for 28 or 64 pixels, a sigmoid and
+    """DCGAN's steps as tutorials write them: the networks of ours for 28 or 64 pixels, a sigmoid and
     BCELoss, the generator's step through a discriminator whose gradients are computed and thrown away, `.item()` of
     all losses."""
     first = {28: 7, 64: 4}[size]  # pixels behind the first layer

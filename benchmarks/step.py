@@ -34,22 +34,17 @@ CASES: list[tuple[str, str, dict[str, Any], float]] = [
 def contend(side: str, case: int, data: str) -> None:
     """One side of a case."""
     _, name, settings, _ = CASES[case]
-    batch_size = SETTINGS[name]["batch_size"]
     torch.set_num_threads(1)
     with called() as line:
         if side == "ours":
             from .ours import ours
 
             with ours(data, {"precision": "fp32", **SETTINGS[name], **settings}) as run:
-                assert run.config.batch_size == batch_size
                 answer(line, side, run.block)
-            return
-        from . import plain
+        else:
+            from . import plain
 
-        gan = "dcgan" in name
-        size = SETTINGS[name].get("data", {}).get("size", 28)
-        program = plain.adversarial(data, batch_size, size) if gan else plain.training(data, *plain.build(name))
-        answer(line, side, steps_of(program))
+            answer(line, side, steps_of(plain.program(data, name)))
 
 
 def measure(data: str, quick: bool) -> None:
