@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,3 +326,16 @@ def test_the_config_in_a_run_directory_starts_the_same_run(trained: Finished, as
 
 def test_the_version_is_one_word(ask: Ask) -> None:
     assert said(ask("--version")) == [__version__]
+
+
+def test_garbage_is_collected_again_once_torch_is_imported() -> None:
+    script = """
+import gc
+from trainer.__main__ import main
+main(["config"])
+print(gc.isenabled(), gc.get_freeze_count())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    enabled, frozen = done.stdout.splitlines()[-1].split()
+    assert enabled == "True"
+    assert int(frozen) > 100_000
