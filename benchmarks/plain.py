@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
+from .common import SETTINGS
+
 DCGANS = {"small dcgan": 28, "dcgan": 64}  # pixels
 
 
 def program(data: str, name: str) -> Iterator[float]:
     """Does a step with each `next`, without end; yields the loss. Names are those of common.SETTINGS."""
-    return adversarial(data, 64, DCGANS[name]) if name in DCGANS else training(data, *build(name))
+    batch_size = SETTINGS[name]["batch_size"]
+    return adversarial(data, batch_size, DCGANS[name]) if name in DCGANS else training(data, *build(name))
 
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, int]:

@@ -40,6 +40,7 @@ def contend(side: str, case: int, data: str) -> None:
             from .ours import ours
 
             with ours(data, {"precision": "fp32", **SETTINGS[name], **settings}) as run:
+                assert run.config.batch_size == SETTINGS[name]["batch_size"]
                 answer(line, side, run.block)
         else:
             from . import plain
