@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "biggan, attending": {"name": "biggan", "attention": "yes", "hierarchical": False, "r1": 1.0},
     "gan, points": {"name": "gan", "loss": "hinge", "packing": 2, "spectral_norm": True},
     "began, normalised": {"name": "began", "norm": "batch"},
+    "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
 }  # fmt: skip

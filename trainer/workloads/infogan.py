@@ -36,6 +36,9 @@ class Options(AdversarialOptions):
     """Weight of that of the continuous codes, which are read as Gaussians of deviation 1."""
     hidden: int = Field(1024, ge=1)
     """Width of the linear layers."""
+    norm: Literal["all", "convolutions"] = "all"
+    """Where the discriminator has BatchNorm: in its last hidden layer too, as in the paper, or not. There it levels
+    the means by which real and fake batches differ, which slows the learning of richer images down."""
     width: int = Field(64, ge=1)
     """Channels of the layers next to the image; each halving of the image doubles them."""
 
@@ -79,8 +82,8 @@ class Reader(nn.Module):
         for stage, (before, after) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Conv2d(before, after, 4, 2, 1, bias=not plain))
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)] if plain and stage else [nn.LeakyReLU(0.2)]
-        norm: list[nn.Module] = [nn.BatchNorm1d(options.hidden)] if plain else []
-        layers += [nn.Flatten(), nn.Linear(widths[-1] * size**2, options.hidden, bias=not plain), *norm]
+        norm: list[nn.Module] = [nn.BatchNorm1d(options.hidden)] if plain and options.norm == "all" else []
+        layers += [nn.Flatten(), nn.Linear(widths[-1] * size**2, options.hidden, bias=not norm), *norm]
         self.trunk = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         self.last = nn.Linear(options.hidden, 1)
         self.head = nn.Sequential(
