@@ -78,11 +78,13 @@ class Reader(nn.Module):
         times, size = halvings(data)
         widths = [data.channels, *(options.width * 2**stage for stage in range(times))]
         plain = options.plain_norm
-        layers: list[nn.Module] = []  # without biases where a BatchNorm follows sooner or later
-        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
-            layers.append(nn.Conv2d(before, after, 4, 2, 1, bias=not plain))
-            layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)] if plain and stage else [nn.LeakyReLU(0.2)]
         norm: list[nn.Module] = [nn.BatchNorm1d(options.hidden)] if plain and options.norm == "all" else []
+        layers: list[nn.Module] = []
+        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+            # Without any bias, a BatchNorm behind the first layer takes the contrast of a whole batch away.
+            biased = not plain or (not norm and not stage)
+            layers.append(nn.Conv2d(before, after, 4, 2, 1, bias=biased))
+            layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2)] if plain and stage else [nn.LeakyReLU(0.2)]
         layers += [nn.Flatten(), nn.Linear(widths[-1] * size**2, options.hidden, bias=not norm), *norm]
         self.trunk = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         self.last = nn.Linear(options.hidden, 1)
