@@ -99,7 +99,8 @@ class Agents:
             time.sleep(0.02)
 
     def worlds(self) -> list[int]:
-        return [json.loads(p.read_text())["world_size"] for p in sorted((self.folder / "run" / "lives").iterdir())]
+        lives = sorted((self.folder / "run" / "lives").glob("[!.]*"))  # a file being written has a dot in front
+        return [json.loads(p.read_text())["world_size"] for p in lives]
 
     def end(self) -> None:
         try:
