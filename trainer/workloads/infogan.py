@@ -38,7 +38,8 @@ class Options(AdversarialOptions):
     """Width of the linear layers."""
     norm: Literal["all", "convolutions"] = "all"
     """Where the discriminator has BatchNorm: in its last hidden layer too, as in the paper, or not. There it levels
-    the means by which real and fake batches differ, which slows the learning of richer images down."""
+    the means by which real and fake batches differ, which slows the learning of richer images down.
+    Without meaning where a constraint or penalty already rules BatchNorm out."""
     width: int = Field(64, ge=1)
     """Channels of the layers next to the image; each halving of the image doubles them."""
 
