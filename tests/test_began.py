@@ -21,12 +21,16 @@ def began(**options: float | str) -> Began:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_activation_is_torchs_elu(dtype: torch.dtype) -> None:
-    ours, theirs = (torch.linspace(-30, 30, 1000, dtype=dtype).requires_grad_() for _ in range(2))  # without 0
+    ours, theirs = (torch.linspace(-30, 30, 1001, dtype=dtype).requires_grad_() for _ in range(2))
     ours_out, theirs_out = Elu()(ours), F.elu(theirs)
     torch.testing.assert_close(ours_out, theirs_out, atol=1e-6, rtol=1e-6)
     ours_out.square().sum().backward()
     theirs_out.square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_the_activation_can_be_differentiated_twice() -> None:
+    assert torch.autograd.gradgradcheck(Elu(), torch.linspace(-3, 3, 8, dtype=torch.float64).requires_grad_())
 
 
 def test_the_controller_follows_its_formula_and_stays_between_0_and_1() -> None:
