@@ -81,10 +81,16 @@ def entanglement(network: nn.Module) -> Tensor:
             # Where the weight is normalised, the raw one, as the weight itself would iterate the norm once more.
             raw: Any = module
             raw = raw.parametrizations.weight.original if is_parametrized(module) else raw.weight
-            rows = raw.flatten(1)
-            gram = rows @ rows.t()
-            found.append((gram - gram.diag().diag()).square().sum())
+            found.append(_entanglement(raw.flatten(1)))
     return torch.stack(found).sum()
+
+
+def _entanglement(rows: Tensor) -> Tensor:
+    """|W W^T without its diagonal|^2 of one matrix W (N, M)."""
+    if len(rows) > rows.shape[1]:  # |W W^T| is |W^T W|, which is M x M: of the first layer 20 x 20, not 2048 x 2048
+        return (rows.t() @ rows).square().sum() - rows.square().sum(1).square().sum()
+    gram = rows @ rows.t()
+    return (gram - gram.diag().diag()).square().sum()
 
 
 def _stages(options: Options, data: Description) -> tuple[list[int], int]:
