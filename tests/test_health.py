@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.metrics.health import BANDS, STATES, Rules, Verdict, Watch
+from trainer.adversarial import CRITERIA
+from trainer.config import OptimizerOptions
+from trainer.metrics.health import STATES, Rules, Verdict, Watch
+from trainer.workload import Description
+from trainer.workloads import gan
 
 Record = tuple[int, str, dict[str, float]]
 LOG, EVALUATE = 100, 1000  # steps between two records of a kind
@@ -344,8 +348,15 @@ def test_thresholds_are_options() -> None:
 
 
 def test_the_bands_hold_a_discriminator_that_guesses() -> None:
-    low, high = BANDS["discriminator_loss"]
+    low, high = CRITERIA["logistic"].bands["discriminator_loss"]
     assert low < math.log(2) < high
+
+
+@pytest.mark.parametrize(("loss", "shown"), [("logistic", True), ("hinge", False), ("wasserstein", False)])
+def test_only_a_gan_with_the_logistic_loss_has_bands_in_its_plots(loss: str, shown: bool) -> None:
+    options = gan.Options.model_validate({"loss": loss, "width": 2})
+    data = Description("noise", 1, 8, ("0",), (0.5,), (0.5,), 16, 8)
+    assert bool(gan.build(options, data, OptimizerOptions()).bands) == shown
 
 
 VALUES = st.floats(0, 400) | st.floats(-1e300, 1e300) | st.sampled_from([0.0, 0.001, 0.5, 0.999, 1.0, math.nan])

@@ -9,8 +9,8 @@ of a step less than new ones would cost. Each phase is one loss and one backward
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -87,6 +87,7 @@ class Criterion:
     discriminator: Callable[[Tensor, Tensor, float], Tensor]  # of real and fake logits and the label smoothing
     generator: Callable[[Tensor], Tensor]  # of fake logits
     decides: bool  # whether the sign of a logit says real or fake
+    bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # where what a stable DCGAN logs lies
 
 
 def _logistic(real: Tensor, fake: Tensor, smoothing: float) -> Tensor:
@@ -98,8 +99,13 @@ def _hinge(real: Tensor, fake: Tensor, _: float) -> Tensor:
 
 
 CRITERIA = {
-    # Goodfellow et al. 2014, with the non-saturating loss of the generator
-    "logistic": Criterion(_logistic, lambda fake: F.softplus(-fake).mean(), True),
+    # Goodfellow et al. 2014, with the non-saturating loss of the generator; a discriminator that guesses has ln 2
+    "logistic": Criterion(
+        _logistic,
+        lambda fake: F.softplus(-fake).mean(),
+        True,
+        {"discriminator_loss": (0.5, 0.8), "generator_loss": (0.5, 2.0), "discriminator_accuracy": (0.7, 0.9)},
+    ),
     # Lim and Ye 2017
     "hinge": Criterion(_hinge, lambda fake: -fake.mean(), True),
     # Arjovsky et al. 2017
@@ -129,6 +135,7 @@ class Adversarial(Workload):
                  generator: nn.Module, discriminator: nn.Module, loss: str = "logistic") -> None:  # fmt: skip
         super().__init__()
         self.kit, self.data, self.criterion = options, data, CRITERIA[loss]
+        self.bands = self.criterion.bands
         self.generator, self.discriminator = generator, discriminator
         self.average = WeightAverage(generator, options.ema) if options.ema else None
         self.group = options.packing

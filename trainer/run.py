@@ -18,7 +18,7 @@ from .deadline import Deadline, end_of_job
 from .directory import Directory, SilentSaver, check_resume, make_sinks, read_outcome, shown
 from .engine import Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
-from .metrics.health import BANDS, STATES, Rules, Watch
+from .metrics.health import STATES, Rules, Watch
 from .parts import (
     build_limits,
     build_loader,
@@ -262,7 +262,7 @@ class Run:
         tracker, storage = directory.tracker, directory.storage
         unsaved = directory.finish_saving()  # before anything that might fail
         if tracker.records:
-            curves = pictures.learning_curves(tracker.records, directory.name, BANDS if workload.generates else {})
+            curves = pictures.learning_curves(tracker.records, directory.name, workload.bands)
             directory.picture(outcome.step, "learning_curves", curves)
         if outcome.totals:
             workload.eval()

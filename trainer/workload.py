@@ -131,6 +131,7 @@ class Workload(nn.Module):
     symmetric: bool = False  # whether images come in [-1, 1], not normalised by the data set's mean and deviation
     generates: bool = False  # whether `samples` gives images that have a quality
     quality: Quality | None = None  # their judge
+    bands: Mapping[str, tuple[float, float]] = {}  # where the logged values of a stable run lie, for the plots
     headline: str = "loss"  # the reported metric that the progress bar shows and that picks the best checkpoint
     maximise: bool = False  # whether a larger headline is better
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 STATES = ("healthy", "mode_collapse", "convergence_failure", "diverged", "non_finite")
-# Where a stable DCGAN sits, for the plots. The discriminator's loss is ln 2 = 0.69 where it guesses.
-BANDS = {"discriminator_loss": (0.5, 0.8), "generator_loss": (0.5, 2.0), "discriminator_accuracy": (0.7, 0.9)}
 
 Values = Mapping[str, float]
 Answer = tuple[bool, str]  # whether a rule holds, and how to say so
