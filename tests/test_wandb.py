@@ -23,8 +23,8 @@ from .wandb_tools import KEY, Server, Stored, as_row, pictures, read_runs, value
 SHORT = ["--duration", "60 steps", "--checkpoint.every", "20 steps", "--log.every", "10 steps", "--evaluate.every",
          "30 steps", "--workload.network", "softmax", "--optimizer.lr", "0.002", "--batch_size", "32",
          "--run.url", "run"]  # fmt: skip
-LONG = [*SHORT, "--duration", "4000 steps", "--checkpoint.every", "250 steps", "--evaluate.every", "500 steps",
-        "--log.every", "20 steps"]  # fmt: skip
+ENDLESS = [*SHORT, "--duration", "1000000 steps", "--checkpoint.every", "250 steps", "--evaluate.every", "500 steps",
+           "--log.every", "20 steps"]  # fmt: skip
 INIT_SECONDS, FINISH_SECONDS = 4, 5
 
 
@@ -68,10 +68,10 @@ def helpers(ranks: Ranks, word: str) -> list[psutil.Process]:
     return []
 
 
-def check_unharmed(output: str, seconds: float, since: float) -> None:
-    """The run is done; it warns in one line, shows nothing of W&B's own, and was not held up."""
+def check_unharmed(output: str, seconds: float, since: float, status: str = "done") -> None:
+    """The run has ended well; it warns in one line, shows nothing of W&B's own, and was not held up."""
     lines = output.splitlines()
-    assert json.loads(lines[-1])["status"] == "done"
+    assert json.loads(lines[-1])["status"] == status
     warnings = [line for line in lines if "warning" in line]
     assert len(warnings) == 1, output
     assert warnings[0].startswith("warning: W&B ")
@@ -106,14 +106,14 @@ def test_an_offline_run_has_every_record_once_and_config_pictures_and_checkpoint
 def test_a_run_that_is_stopped_goes_on_as_the_same_run_without_a_gap_or_a_double(
     tmp_path: Path, patient: dict[str, str]
 ) -> None:
-    ranks = start(LONG, tmp_path, environment=patient)
+    ranks = start(ENDLESS, tmp_path, environment=patient)
     assert wait_for(lambda: bool(read_runs(tmp_path / "run")), ranks)
     for process in helpers(ranks, "trainer.wandb_sink"):  # a scheduler may send it to every process of a job
         process.send_signal(signal.SIGTERM)
     ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [0]
-    before = len(logged(tmp_path))
-    run(LONG, tmp_path, environment=patient)
+    before, stopped = len(logged(tmp_path)), json.loads(ranks.text().splitlines()[-1])["step"]
+    run([*ENDLESS, "--duration", f"{stopped + 500} steps"], tmp_path, environment=patient)
     first, second = read_runs(tmp_path / "run")
     rows = logged(tmp_path)
     assert first.id == second.id
@@ -153,7 +153,7 @@ def test_what_was_committed_arrives_though_training_is_killed(
     tmp_path: Path, patient: dict[str, str], server: Server
 ) -> None:
     environment = patient | server.environment | {"TRAINER_WANDB__MODE": "online"}
-    ranks = start(LONG, tmp_path, environment=environment)
+    ranks = start(ENDLESS, tmp_path, environment=environment)
     assert wait_for(lambda: "W&B: http" in ranks.text(), ranks)
     processes = helpers(ranks, "wandb")
     ranks.kill(0, signal.SIGKILL)
@@ -188,24 +188,30 @@ def test_an_outage_amid_a_run_delays_its_end_by_no_more_than_the_bound(
     tmp_path: Path, alone: dict[str, str], server: Server
 ) -> None:
     environment = alone | server.environment | {"TRAINER_WANDB__MODE": "online", "WANDB_INIT_TIMEOUT": "60"}
-    ranks = start(LONG, tmp_path, environment=environment)
+    ranks = start(ENDLESS, tmp_path, environment=environment)
     assert wait_for(lambda: "W&B: http" in ranks.text(), ranks)
     server.mode = "refuse"
-    assert wait_for(lambda: (tmp_path / "run" / "outcome.json").exists(), ranks)
+    before = len(logged(tmp_path))
+    assert wait_for(lambda: len(logged(tmp_path)) > before + 20, ranks)
     since = time.monotonic()
+    ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [0]
-    check_unharmed(ranks.text(), FINISH_SECONDS + 10, since)
+    check_unharmed(ranks.text(), FINISH_SECONDS + 10, since, status="preempted")
 
 
 @pytest.mark.parametrize("victim", ["wandb-core", "trainer.wandb_sink"])
-def test_a_killed_helper_is_a_warning(tmp_path: Path, alone: dict[str, str], victim: str) -> None:
-    ranks = start([*LONG, "--duration", "1500 steps"], tmp_path, environment=alone)
+def test_a_killed_helper_is_a_warning(tmp_path: Path, patient: dict[str, str], victim: str) -> None:
+    ranks = start(ENDLESS, tmp_path, environment=patient)
     assert wait_for(lambda: bool(helpers(ranks, victim)), ranks)
-    since = time.monotonic()
     for process in helpers(ranks, victim):
         process.kill()
+    assert wait_for(lambda: "warning" in ranks.text(), ranks)
+    before = len(logged(tmp_path))
+    assert wait_for(lambda: len(logged(tmp_path)) > before, ranks)
+    since = time.monotonic()
+    ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [0]
-    check_unharmed(ranks.text(), INIT_SECONDS + FINISH_SECONDS + 30, since)
+    check_unharmed(ranks.text(), FINISH_SECONDS + 10, since, status="preempted")
 
 
 def test_online_without_a_key_is_offline_with_a_warning(tmp_path: Path, alone: dict[str, str]) -> None:
