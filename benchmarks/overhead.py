@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer.config import DataOptions
-from trainer.data.sources import Memory, open_data
+from trainer.data.dataset import Memory
+from trainer.data.sources import open_data
 
 from .common import SETTINGS, at_most, spread, steps_of, table, take_turns
 from .ours import ours

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from trainer.config import DataOptions, UserError
+from trainer.data.dataset import Memory
 from trainer.data.loader import BatchLoader
 from trainer.data.plan import BatchPlan
-from trainer.data.sources import Memory, open_data
+from trainer.data.sources import open_data
 
 from . import pictures_on_disk as disk
 
@@ -360,7 +361,7 @@ def test_a_network_that_fails_in_a_worker_is_one_line_for_the_user(monkeypatch: 
     def unplugged(*_: object, **__: object) -> bytes:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("trainer.data.sources.PAUSES", ())
+    monkeypatch.setattr("trainer.data.stored.PAUSES", ())
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", unplugged)
     with pytest.raises(
         UserError, match=r"^data.root: 'memory://unplugged' does not answer: .*\.png: no route to host$"

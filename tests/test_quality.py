@@ -21,7 +21,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from trainer import parts
 from trainer.config import RunConfig
-from trainer.data.sources import DataSet
+from trainer.data.dataset import DataSet
 from trainer.engine import Engine
 from trainer.metrics import modes
 from trainer.metrics.features import Penultimate, PerChannel

@@ -19,8 +19,9 @@ import torchvision
 from PIL import Image
 
 from trainer.config import DataOptions, UserError
-from trainer.data import sources
-from trainer.data.sources import DataSet, Files, Memory, decode, open_data, spread
+from trainer.data.dataset import DataSet, Memory, spread
+from trainer.data.sources import open_data
+from trainer.data.stored import BadSample, Files, decode
 
 from . import pictures_on_disk as disk
 
@@ -366,7 +367,7 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_stops_the
     data = open_data(options("folder"), disk.folder(in_memory, {"train": 2, "val": 1}), "auto")
     assert isinstance(data.train, Files)
     waits: list[float] = []
-    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    monkeypatch.setattr("trainer.data.stored.time.sleep", waits.append)
     read, failures = type(fsspec.filesystem("memory")).cat_file, [2]
 
     def flaky(self: Any, path: str, *rest: Any, **settings: Any) -> bytes:
@@ -395,7 +396,7 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_stops_the
 def test_a_bad_image_is_told_apart_in_the_same_words_every_time(kind: str) -> None:
     found = set()
     for _ in range(2):
-        with pytest.raises(sources.BadSample) as caught:
+        with pytest.raises(BadSample) as caught:
             decode(disk.bad_images()[kind], f"folder/{kind}", 3)
         found.add(str(caught.value))
     assert len(found) == 1
@@ -549,7 +550,7 @@ def test_what_imagenet_needs_is_named(tmp_path: Path) -> None:
 
 def test_a_part_of_a_split_is_spread_over_it(tmp_path: Path) -> None:
     """Image folders are sorted by class: their first samples would all be of one."""
-    whole = sources.open_data(DataOptions(name="folder"), disk.folder(str(tmp_path), {"train": 1, "val": 5}), "auto")
+    whole = open_data(DataOptions(name="folder"), disk.folder(str(tmp_path), {"train": 1, "val": 5}), "auto")
     part = spread(whole, 4)
     assert part.held_out.labels.tolist() == [0, 0, 1, 1]
     assert (part.description.evaluated, len(part.train)) == (4, 2)

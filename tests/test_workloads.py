@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer import parts
 from trainer.adversarial import Adversarial, Fakes
 from trainer.config import RunConfig
-from trainer.data.sources import DataSet
+from trainer.data.dataset import DataSet
 from trainer.engine import Engine
 from trainer.quality import open_judge
 from trainer.randomness import Draws

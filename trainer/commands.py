@@ -21,7 +21,7 @@ from . import run as runs
 from .checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
 from .config import DataOptions as Data
 from .config import RunConfig, UserError, dump
-from .data.sources import SUFFIXES, BadSample, decode
+from .data.stored import SUFFIXES, BadSample, decode
 from .data.transforms import Augment, Crop
 from .directory import SilentSaver
 from .engine import Engine

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from .config import RunConfig, UserError, data_root, dump
-from .data.sources import DataSet
+from .data.dataset import DataSet
 from .parts import build_plan, build_workload, open_run_data, run_url
 from .randomness import Draws
 from .runtime import LaunchError, cores

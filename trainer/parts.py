@@ -12,9 +12,10 @@ import torch
 
 from . import schedule, workloads
 from .config import Duration, RunConfig, UserError, WorkloadOptions, data_root
+from .data.dataset import DataSet, spread
 from .data.loader import BatchLoader
 from .data.plan import BatchPlan
-from .data.sources import DataSet, open_data, spread
+from .data.sources import open_data
 from .engine import Cadence, Limits
 from .runtime import Runtime
 from .settings import config_class, read_yaml

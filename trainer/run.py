@@ -12,8 +12,8 @@ import torch
 from . import pictures
 from .checkpoint import CheckpointStore, Damaged, folder
 from .config import RunConfig, UserError
+from .data.dataset import DataSet
 from .data.plan import BatchPlan
-from .data.sources import DataSet
 from .deadline import Deadline, end_of_job
 from .directory import Directory, SilentSaver, check_resume, make_sinks, read_outcome, shown
 from .engine import Engine, Limits, Metrics, Outcome

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config import DataOptions, UserError
 from ..workload import Batch
+from .dataset import DataSet, Encoded, Memory, Stored
 from .plan import BatchPlan, share
-from .sources import BadSample, DataSet, Encoded, Memory, Stored, decode
+from .stored import BadSample, decode
 from .transforms import Augment, Crop, apply_policy
 
 TOGETHER_BYTES = 4 << 20  # of float32 images that the resident path prepares at once
