@@ -29,10 +29,11 @@ from trainer.checkpoint import CheckpointStore
 from trainer.directory import Directory
 from trainer.engine import Cadence
 from trainer.lease import Lease
+from trainer.metric_log import MetricLog
 from trainer.runtime import StopSignals
 from trainer.state import Groups
 from trainer.storage import Storage
-from trainer.tracker import MetricLog, Tracker
+from trainer.tracker import Tracker
 
 from .common import SETTINGS, Cost, spread, table
 from .ours import WARM, Ours, ours

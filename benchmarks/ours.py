@@ -15,13 +15,16 @@ import yaml
 
 from trainer import parts
 from trainer.config import RunConfig
+from trainer.console import Console
 from trainer.data.sources import open_data
 from trainer.directory import SilentSaver
 from trainer.engine import Engine
-from trainer.runtime import Place, Runtime
+from trainer.metric_log import MetricLog
+from trainer.place import Place
+from trainer.runtime import Runtime
 from trainer.state import TrainState
 from trainer.storage import Storage
-from trainer.tracker import Console, MetricLog, Silent, Tracker
+from trainer.tracker import Silent, Tracker
 
 from .common import Cost
 

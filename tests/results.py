@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from trainer.tracker import TIMING
+from trainer.metric_log import TIMING
 
 
 def final_tensors(run: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.runtime import LaunchError, Place, first_host, threads_per_rank
+from trainer.place import LaunchError, Place, first_host, threads_per_rank
 
 from .ranks import free_port, run
 from .results import final_tensors, largest_difference, outcome, records
@@ -130,7 +130,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 
 def test_threads_are_cores_over_ranks_unless_somebody_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.runtime.cores", lambda: 8)
+    monkeypatch.setattr("trainer.place.cores", lambda: 8)
     assert threads_per_rank(Place(), None, {}) == 8
     assert threads_per_rank(Place(world=4, local_world=4), None, {}) == 2
     assert threads_per_rank(Place(world=4, local_world=4), None, {"OMP_NUM_THREADS": "3"}) == 3

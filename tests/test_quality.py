@@ -25,9 +25,10 @@ from trainer.data.dataset import DataSet
 from trainer.engine import Engine
 from trainer.metrics import modes
 from trainer.metrics.features import Penultimate, PerChannel
+from trainer.place import Place
 from trainer.quality import Judge, open_judge
 from trainer.randomness import Draws
-from trainer.runtime import Place, Runtime
+from trainer.runtime import Runtime
 from trainer.schedule import constant
 from trainer.state import TrainState
 from trainer.tracker import Silent

@@ -10,7 +10,8 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from trainer.runtime import Place, Runtime
+from trainer.place import Place
+from trainer.runtime import Runtime
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

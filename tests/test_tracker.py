@@ -22,8 +22,10 @@ from typing import Any
 
 import pytest
 
+from trainer.console import Console
+from trainer.metric_log import MetricLog, read_records
 from trainer.storage import Storage, StorageError
-from trainer.tracker import Console, MetricLog, Tracker, read_records
+from trainer.tracker import Tracker
 
 from .ranks import run
 
@@ -278,7 +280,7 @@ def test_a_full_disk_behind_standard_output_does_not_end_a_run() -> None:
 
 SCRIPT = """
 import sys, time
-from trainer.tracker import Console
+from trainer.console import Console
 console = Console(2000)
 console.start(0)
 console.note("before")

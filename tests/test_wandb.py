@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from trainer.metric_log import read_records
 from trainer.storage import Storage
-from trainer.tracker import read_records
 from trainer.wandb_sink import redacted, run_id
 
 from .ranks import Ranks, free_port, run, start, wait_for

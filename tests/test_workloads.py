@@ -250,7 +250,7 @@ def _runtime() -> Runtime:
     """A world of one in this process."""
     import torch.distributed as dist
 
-    from trainer.runtime import Place
+    from trainer.place import Place
 
     if not _kept or not dist.is_initialized():
         _kept[:] = [Runtime(Place(), precision="fp64", threads=1)]

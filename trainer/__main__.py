@@ -112,7 +112,7 @@ def _run(command: str, words: list[str]) -> int:
     with _without_collections():
         from . import commands
         from .config import UserError
-        from .runtime import LaunchError
+        from .place import LaunchError
         from .state import Mismatch
         from .storage import StorageError
     try:

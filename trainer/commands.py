@@ -25,9 +25,10 @@ from .data.stored import SUFFIXES, BadSample, decode
 from .data.transforms import Augment, Crop
 from .directory import SilentSaver
 from .engine import Engine
+from .place import Place
 from .quality import open_judge
 from .randomness import Draws
-from .runtime import Place, Runtime
+from .runtime import Runtime
 from .settings import build, config_class, read_file, takes_no_value
 from .state import TrainState
 from .storage import Storage

@@ -20,10 +20,11 @@ from .deadline import Deadline
 from .engine import Cadence, Engine, Outcome
 from .goodput import Recorder, new_life, this_life
 from .lease import Lease
+from .metric_log import MetricLog
 from .runtime import StopSignals
 from .state import Groups
 from .storage import Storage, StorageError
-from .tracker import MetricLog, Sink, Tracker
+from .tracker import Sink, Tracker
 from .wandb_sink import WandbSettings, WandbSink, logged_in, run_id
 from .workload import Description
 

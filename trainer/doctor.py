@@ -24,8 +24,8 @@ import torch
 from .config import RunConfig, UserError, data_root, dump
 from .data.dataset import DataSet
 from .parts import build_plan, build_workload, open_run_data, run_url
+from .place import LaunchError, cores
 from .randomness import Draws
-from .runtime import LaunchError, cores
 from .storage import Storage, StorageError
 from .workload import Workload
 

@@ -12,12 +12,14 @@ import torch
 from . import pictures
 from .checkpoint import CheckpointStore, Damaged, folder
 from .config import RunConfig, UserError
+from .console import Console
 from .data.dataset import DataSet
 from .data.plan import BatchPlan
 from .deadline import Deadline, end_of_job
 from .directory import Directory, SilentSaver, check_resume, make_sinks, read_outcome, shown
 from .engine import Engine, Limits, Metrics, Outcome
 from .lease import Lease, LeaseHeld
+from .metric_log import TIMING, MetricLog
 from .metrics.health import STATES, Rules, Watch
 from .parts import (
     build_limits,
@@ -29,11 +31,12 @@ from .parts import (
     open_run_data,
     run_url,
 )  # fmt: skip
+from .place import Place
 from .quality import Judge, open_judge
-from .runtime import Place, Runtime, StopSignals
+from .runtime import Runtime, StopSignals
 from .state import Groups, Mismatch, TrainState
 from .storage import Storage, StorageError
-from .tracker import TIMING, Console, MetricLog, Silent, Tracker
+from .tracker import Silent, Tracker
 from .workload import Workload
 
 T = TypeVar("T")

@@ -13,12 +13,10 @@ import errno
 import functools
 import inspect
 import os
-import re
 import signal
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import elastic
 from .deadline import Deadline
 from .nn.norm import convert_batch_norm
+from .place import LaunchError, Place, threads_per_rank
 from .workload import Batch, Phase, Scalars, Totals, Workload
 
 if TYPE_CHECKING:
@@ -40,82 +39,6 @@ TIMEOUT = datetime.timedelta(minutes=5)
 LEFT = 75  # the exit code EX_TEMPFAIL: try again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)  # by the command line while it imports, so that none kills or is lost
-
-
-class LaunchError(Exception):
-    """The processes of the run cannot find each other; the message is for the user."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those of the run."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    address: str = "127.0.0.1"
-    port: int = 0
-    restart: str = "0"  # tells the process groups of an elastic job's lives apart
-    agent: bool = False  # whether torchrun keeps the store
-    agents: int = 1  # how many torchruns, one a node
-    torchrun: bool = False
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
-        """torchrun's variables, else Slurm's, else a world of one. Raises LaunchError."""
-        env = os.environ if environment is None else environment
-        try:
-            if "RANK" in env and "WORLD_SIZE" in env:
-                rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-                return cls(
-                    rank, world, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world)),
-                    env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", 29500)),
-                    env.get("TORCHELASTIC_RESTART_COUNT", "0"), env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                    int(env.get("GROUP_WORLD_SIZE", "1")), "TORCHELASTIC_RUN_ID" in env,
-                )  # fmt: skip
-            if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-                hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "localhost"))
-                nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
-                world = int(env["SLURM_STEP_NUM_TASKS"])
-                return cls(
-                    int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", "0")), -(-world // nodes),
-                    env.get("MASTER_ADDR") or ("127.0.0.1" if nodes == 1 else first_host(hosts)),
-                    int(env.get("MASTER_PORT") or 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
-                    f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}.{env['SLURM_STEP_ID']}",
-                )  # fmt: skip
-        except (KeyError, ValueError) as error:
-            raise LaunchError(
-                f"the launcher's environment is incomplete: {error}: start with torchrun, srun, or plainly"
-            ) from None
-        return cls()
-
-
-def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list such as 'gpu[03-05,9],login1'."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
-    if not match:
-        raise LaunchError(f"SLURM_STEP_NODELIST: {nodes!r} is not a node list: set MASTER_ADDR to the first host")
-    return match[1] + (match[2] or "") + (match[3] if match[2] else "")
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def threads_per_rank(place: Place, wanted: int | None, environment: Mapping[str, str] | None = None) -> int:
-    """Cores / ranks, unless somebody said otherwise; torchrun's own default of 1 is nobody."""
-    env = os.environ if environment is None else environment
-    if wanted:
-        return wanted
-    said = env.get("OMP_NUM_THREADS", "")
-    if (
-        said.isdecimal()
-        and int(said) > 0
-        and not ((place.agent or place.torchrun) and said == "1" and place.local_world > 1)
-    ):
-        return int(said)
-    return max(1, cores() // place.local_world)
 
 
 class StopSignals:

@@ -9,10 +9,12 @@ from typing import Any
 
 from .checkpoint import CheckpointStore, Damaged, folder
 from .config import RunConfig, UserError
+from .console import Console
+from .metric_log import MetricLog
 from .parts import build_workload, load_config
 from .state import load_weights
 from .storage import Storage, StorageError
-from .tracker import Console, MetricLog, Tracker
+from .tracker import Tracker
 from .workload import Description, Mixture, Workload
 
 

@@ -1,0 +1,123 @@
+"""What a person sees of a run: a progress bar on a terminal, lines without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import IO, Any
+
+SHOWN = ("loss", "accuracy", "convergence")  # ends of the names that the console shows; the log has all of them
+NOT_SHOWN = ("top5_accuracy", "code_accuracy", "code_read_accuracy", "code_loss", "real_loss", "fake_loss")
+SHORT = {"discriminator_loss": "D loss", "discriminator_accuracy": "D accuracy", "generator_loss": "G loss",
+         "critic_loss": "C loss", "code_generated_accuracy": "code accuracy"}  # fmt: skip
+WIDTH = 80  # of a line on the console
+
+
+def duration_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def rate_text(value: float) -> str:
+    return f"{value / 1000:.1f}k/s" if value >= 10000 else f"{value:.0f}/s"
+
+
+def value_text(name: str, value: float) -> str:
+    if name.endswith("accuracy"):
+        return f"{value:.1%}"
+    return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def shown_text(values: dict[str, float]) -> list[str]:
+    """The values that the console shows, losses before accuracies, each with its name."""
+    names = [name for end in SHOWN for name in values if name.endswith(end) and name not in NOT_SHOWN]
+    scores = [name for name in values if name.startswith("fid@") or name == "modes"]
+    shown = {name: SHORT.get(name, name.partition("@")[0]) for name in scores + names}
+    return [f"{label} {value_text(name, values[name])}" for name, label in shown.items()]
+
+
+class Console:
+    """A progress bar with ETA on a terminal, lines of the same content without one."""
+
+    def __init__(self, total: int | None, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._total = total
+        self._step = self._first = 0
+        self._begin = time.monotonic()
+        self._terminal = self._stream.isatty()
+        self._latest: dict[str, float] = {}
+        self._shown = 0.0
+        self._bar: Any = None
+        self.health = "healthy"
+
+    def start(self, step: int) -> None:
+        """Training begins at this step."""
+        self._begin, self._first, self._step = time.monotonic(), step, step
+        if not self._terminal:
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        self._bar = Progress(
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            console=RichConsole(file=self._stream), refresh_per_second=8, transient=True, expand=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(self._describe(), total=self._total, completed=step)
+        self._bar.start()
+
+    def progress(self, step: int) -> None:
+        self._step = step
+        if self._bar is not None and (now := time.monotonic()) - self._shown > 0.1:
+            self._shown = now
+            self._bar.update(self._task, completed=step, description=self._describe())
+
+    def _where(self) -> str:
+        return f"{self._step:>{len(str(self._total))}}/{self._total}" if self._total else str(self._step)
+
+    def _describe(self) -> str:
+        rate = [rate_text(self._latest["samples_per_second"])] if "samples_per_second" in self._latest else []
+        health = [] if self.health == "healthy" else [self.health.replace("_", " ")]
+        return _line([self._where(), *health, *shown_text(self._latest), *rate, self._remaining()], WIDTH - 6)
+
+    def _remaining(self) -> str:
+        done = self._step - self._first
+        if not self._total or not done:
+            return ""
+        seconds = (time.monotonic() - self._begin) / done * (self._total - self._step)
+        return f"ETA {duration_text(seconds)}"
+
+    def log(self, step: int, kind: str, values: dict[str, float]) -> None:
+        self._step = step
+        if kind == "train":
+            self._latest = values
+            if self._terminal:
+                return
+        parts = [f"step {self._where()}", f"epoch {values['epoch']:.2f}", *shown_text(values)]
+        if kind == "train":
+            parts += [rate_text(values["samples_per_second"]), self._remaining()]
+        self.note(_line([*parts, *(["held out"] if kind == "evaluate" else [])], WIDTH))
+
+    def note(self, text: str) -> None:
+        try:
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk behind standard output must not end the run; the metric log has the numbers
+            return
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _line(parts: list[str], width: int) -> str:
+    """The parts in one line, set closer where it would be too long."""
+    line = "  ".join(filter(None, parts))
+    return line if len(line) <= width else " ".join(filter(None, parts))
