@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .meters import Clock, Meter
 from .metrics.health import HEALTHY, Verdict, Watch
 from .randomness import Draws, key
 from .runtime import PhaseModule, Runtime
@@ -98,39 +98,6 @@ class Outcome:
     health: Verdict = HEALTHY
 
 
-class Meter:
-    """Sums of scalars since the last log, on the device; a rank's own, so part of what a checkpoint keeps."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, scalars: Scalars, weight: float, first: bool) -> None:
-        """Add means over some rows, which are `weight` of a global batch; `first` opens a batch."""
-        for name, value in scalars.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(value)
-                self.counts[name] = 0
-        torch._foreach_add_([self.sums[name] for name in scalars], list(scalars.values()), alpha=weight)
-        if first:
-            for name in scalars:
-                self.counts[name] += 1
-
-    def means(self, runtime: Runtime) -> Metrics:
-        """Means over the steps and the global batches, on every rank; starts anew."""
-        totals = runtime.total(self.sums)
-        means = {name: float(total) / self.counts[name] for name, total in totals.items()}
-        self.sums, self.counts = {}, {}
-        return means
-
-    def dump(self) -> dict[str, tuple[float, int]]:
-        return {name: (float(value), self.counts[name]) for name, value in self.sums.items()}
-
-    def load(self, dumped: dict[str, tuple[float, int]], device: torch.device, dtype: torch.dtype) -> None:
-        self.sums = {name: torch.tensor(value, device=device, dtype=dtype) for name, (value, _) in dumped.items()}
-        self.counts = {name: count for name, (_, count) in dumped.items()}
-
-
 @dataclass
 class Engine:
     runtime: Runtime
@@ -159,7 +126,7 @@ class Engine:
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.saved = -1
         self.totals: Totals = {}
-        self.clock = _Clock(0.0, 0)
+        self.clock = Clock(0.0, 0)
 
     def train(self) -> Outcome:
         """From the state's step to the end of the run, or until any rank must stop. Saves at both."""
@@ -167,7 +134,7 @@ class Engine:
         reads = self.workload.reads
         batches = self.loader.train(state.step * reads)
         self.saved = state.step
-        clock = self.clock = _Clock(state.seconds, state.step)
+        clock = self.clock = Clock(state.seconds, state.step)
         self.workload.train()
         while True:
             if limits.samples.due(state.step):
@@ -256,7 +223,7 @@ class Engine:
         name = "grad_norm" if len(self.phases) == 1 else f"{phase.name}_grad_norm"
         self.meter.add({name: norm.detach()}, 1 / self.runtime.world, first=True)
 
-    def flags(self, clock: _Clock) -> tuple[int, int, int, int]:
+    def flags(self, clock: Clock) -> tuple[int, int, int, int]:
         """What this rank wants: to stop, to save now, to finish; and its bad samples. All stay up until seen."""
         limits = self.limits
         save = limits.save_seconds is not None and clock.since_save() > limits.save_seconds
@@ -267,7 +234,7 @@ class Engine:
         """Whether all ranks together have met more bad samples than a run may."""
         return len({name for found in self.runtime.gather(self.loader.faults()) for name in found}) > self.limits.faults
 
-    def log(self, clock: _Clock) -> bool:
+    def log(self, clock: Clock) -> bool:
         """Record the means since the last log; False where they are not finite."""
         step = self.state.step
         timings = clock.interval(step, self.samples_per_step)
@@ -288,12 +255,12 @@ class Engine:
         return all(map(math.isfinite, means.values()))
 
     @torch.no_grad()
-    def evaluate(self, clock: _Clock | None = None, record: bool = True) -> bool:
+    def evaluate(self, clock: Clock | None = None, record: bool = True) -> bool:
         """Evaluate every sample once and record the metrics; False where a rank must stop first."""
         runtime, step = self.runtime, self.state.step
         buffers = runtime.local_buffers(self.workload)
         totals: Totals = {}
-        clock = clock or _Clock(0.0, step)
+        clock = clock or Clock(0.0, step)
         clock.start()
         self.workload.eval()
         with runtime.averaged(buffers):
@@ -324,7 +291,7 @@ class Engine:
         return True
 
     @torch.no_grad()
-    def sample(self, clock: _Clock) -> None:
+    def sample(self, clock: Clock) -> None:
         """Show what the first rank's networks generate from latents that are always the same."""
         clock.start()
         if self.runtime.main:
@@ -346,7 +313,7 @@ class Engine:
         if (verdict := self.watch.see(self.state.step, kind, values)) != before:
             self.tracker.health(verdict)
 
-    def save(self, clock: _Clock) -> bool:
+    def save(self, clock: Clock) -> bool:
         """Snapshot at this boundary; writing goes on in the background. False where the state is not finite."""
         step, runtime = self.state.step, self.runtime
         if self.saved == step:
@@ -388,13 +355,13 @@ class Engine:
             if name in lanes and len(lanes[name]) == runtime.world:
                 buffer.copy_(lanes[name][runtime.rank])
 
-    def leave(self, status: str, clock: _Clock) -> Outcome:
+    def leave(self, status: str, clock: Clock) -> Outcome:
         """Save at this boundary and go."""
         self.runtime.settle()
         clock.interval(self.state.step, self.samples_per_step)
         return self.outcome(status if self.save(clock) else "non_finite", clock)
 
-    def outcome(self, status: str, clock: _Clock) -> Outcome:
+    def outcome(self, status: str, clock: Clock) -> Outcome:
         signals = [*filter(None, self.runtime.gather(self.runtime.signalled)), "a signal"]
         if status == "preempted" and self.runtime.deadline.named_by(signals[0]):
             status = "time_limit"
@@ -420,51 +387,3 @@ _NOTHING = contextlib.nullcontext()
 def _require_grad(parameters: list[torch.nn.Parameter], wanted: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(wanted)
-
-
-class _Clock:
-    """Where the time of this life of the run goes; evaluation and saving do not count as training speed."""
-
-    def __init__(self, seconds_before: float, step: int) -> None:
-        now = time.perf_counter()
-        self._origin = now - seconds_before
-        self._saved = self._mark = self._interval = now
-        self._interval_step = step
-        self._waited = self._elsewhere = 0.0
-        self.saving = self.evaluating = 0.0  # seconds of this life
-        self._steps, self._seconds = 0, 0.0  # of training alone
-
-    def run_seconds(self) -> float:
-        """Since the beginning of the run, over all its lives."""
-        return time.perf_counter() - self._origin
-
-    def since_save(self) -> float:
-        return time.perf_counter() - self._saved
-
-    def start(self) -> None:
-        self._mark = time.perf_counter()
-
-    def stop_waiting(self) -> None:
-        self._waited += time.perf_counter() - self._mark
-
-    def stop_elsewhere(self, saved: bool = False) -> None:
-        now = time.perf_counter()
-        self._elsewhere += now - self._mark
-        if saved:
-            self._saved = now
-            self.saving += now - self._mark
-        else:
-            self.evaluating += now - self._mark
-
-    def interval(self, step: int, samples_per_step: int) -> Metrics:
-        """Speed and the share of the time that went into waiting for data, since the last call."""
-        now = time.perf_counter()
-        steps, seconds = step - self._interval_step, max(now - self._interval - self._elsewhere, 1e-9)
-        values = {"samples_per_second": steps * samples_per_step / seconds, "data_wait": self._waited / seconds}
-        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        self._interval, self._interval_step, self._waited, self._elsewhere = now, step, 0.0, 0.0
-        return values
-
-    def speed(self, samples_per_step: int) -> float:
-        """Samples per second over all that was trained in this life."""
-        return self._steps * samples_per_step / self._seconds if self._steps else 0.0
