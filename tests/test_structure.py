@@ -46,6 +46,7 @@ SHELL = {
     "commands",
     "run",
     "doctor",
+    "exported",
     "parts",
     "directory",
     "trained",

@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from rich.console import Console as RichConsole
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import parts, pictures
 from . import run as runs
@@ -25,6 +25,7 @@ from .data.stored import SUFFIXES, BadSample, decode
 from .data.transforms import Augment, Crop
 from .directory import SilentSaver
 from .engine import Engine
+from .exported import FORMATS
 from .place import Place
 from .quality import open_judge
 from .randomness import Draws
@@ -35,7 +36,6 @@ from .storage import Storage
 from .tracker import Silent
 from .trained import Trained, history, locate, open_run
 
-Inputs = tuple[Tensor, ...]  # of the network that is exported
 DEFAULT_FILE = Path(__file__).with_name("digits_cnn.yaml")  # what is trained where no config is given
 
 
@@ -288,7 +288,7 @@ def export(words: Sequence[str]) -> int:
     _checkpoint_arguments(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--format", metavar="NAME", nargs="+", default=["safetensors"], choices=["safetensors", "torch", "onnx"],
+        "--format", metavar="NAME", nargs="+", default=["safetensors"], choices=list(FORMATS),
         help="safetensors: weights and config.json | torch: a torch.export program | onnx (default: safetensors)",
     )  # fmt: skip
     given = parser.parse_args(words)
@@ -300,73 +300,9 @@ def export(words: Sequence[str]) -> int:
         raise UserError(f"--to: {given.to!r} cannot be made: {error.strerror}") from None
     network = trained.workload.eval().inference().eval().float()
     example = trained.workload.example()
-    writers = {"safetensors": _export_safetensors, "torch": _export_torch, "onnx": _export_onnx}
     for kind in given.format:
-        say(f"{kind:<12} {writers[kind](network, trained, example, target)}")
+        say(f"{kind:<12} {FORMATS[kind](network, trained, example, target)}")
     return 0
-
-
-def _export_safetensors(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
-    from safetensors.torch import save_file
-
-    data = trained.data
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
-    about = {
-        "workload": trained.config.workload.model_dump(mode="json"),
-        "input": {"shapes": [["batch", *tensor.shape[1:]] for tensor in example]}
-        if trained.workload.generates
-        else {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
-        "classes": data.classes, "data": data.name, "checkpoint": trained.name,
-    }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-    return f"{target / 'weights.safetensors'}, {target / 'config.json'}"
-
-
-def _export_torch(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
-    program = torch.export.export(network, example, dynamic_shapes=_any_batch(example))
-    path = target / "model.pt2"
-    torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
-    return f"{path}; outputs differ by {_difference(network, loaded, example)}"
-
-
-def _export_onnx(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
-    try:
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError:
-        raise UserError("--format: onnx needs another package: pip install 'trainer[onnx]'") from None
-    import contextlib
-    import io
-    import logging
-
-    path = target / "model.onnx"
-    generates = trained.workload.generates
-    names = ["latents", "labels"][: len(example)] if generates else ["images"]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        torch.onnx.export(
-            network, example, str(path), input_names=names, output_names=["images" if generates else "logits"],
-            dynamo=True, dynamic_shapes=_any_batch(example), external_data=False, verbose=False,
-        )  # fmt: skip
-    try:
-        import onnxruntime
-    except ImportError:
-        return f"{path}; not compared, for onnxruntime is not installed"
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def other(*inputs: Tensor) -> Any:
-        return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})[0]
-
-    return f"{path}; outputs differ by {_difference(network, other, example)}"
-
-
-@torch.no_grad()
-def _difference(network: nn.Module, other: Any, example: Inputs) -> str:
-    return f"{float((network(*example) - torch.as_tensor(other(*example))).abs().max()):.1e} at most"
-
-
-def _any_batch(example: Inputs) -> tuple[dict[int, Any], ...]:
-    return tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
 
 
 def checkpoints(words: Sequence[str]) -> int:
