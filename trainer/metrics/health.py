@@ -74,6 +74,8 @@ class Rules:
 
     stuck_evaluations: int = 5
     stuck: float = 0.9  # best FID over the first, which is of a nearly untrained generator
+    # Unless that was late in the run: an FID below so much of that of real images cut into pieces shows form.
+    formed: float = 0.5
 
 
 class Past:
@@ -114,20 +116,22 @@ def _risen_and_narrowed(now: Values, past: Past, rules: Rules) -> Answer:
     return False, ""
 
 
-def _learned(past: Past, rules: Rules) -> bool:
+def _learned(now: Values, past: Past, rules: Rules) -> bool:
     """Whether the generator has come nearer to the real samples at all: only then can it have collapsed."""
-    return "fid" not in past.first or past.least["fid"] <= rules.stuck * past.first["fid"]
+    if "fid" not in past.first:
+        return True
+    return past.least["fid"] <= max(rules.stuck * past.first["fid"], rules.formed * now.get("fid_shuffled", 0.0))
 
 
 def _alike(now: Values, past: Past, rules: Rules) -> Answer:
     spread = now["diversity"]
-    alike = spread < rules.diversity and _learned(past, rules)
+    alike = spread < rules.diversity and _learned(now, past, rules)
     return alike, f"fakes are alike: they spread {spread:.2g} times as wide as real samples"
 
 
 def _crowded(now: Values, past: Past, rules: Rules) -> Answer:
     spacing = now["spacing"]
-    crowded = spacing < rules.spacing and _learned(past, rules)
+    crowded = spacing < rules.spacing and _learned(now, past, rules)
     return crowded, f"fakes nearly repeat: they lie {spacing:.2g} times as far apart as real samples"
 
 
@@ -158,7 +162,7 @@ def _flat(now: Values, past: Past, rules: Rules) -> Answer:
 
 def _stuck(now: Values, past: Past, rules: Rules) -> Answer:
     first, best = past.first["fid"], past.least["fid"]
-    return best > rules.stuck * first, f"the best FID is {best:.4g}, still above {rules.stuck:g} times {first:.4g}"
+    return not _learned(now, past, rules), f"the best FID is {best:.4g}, still above {rules.stuck:g} times {first:.4g}"
 
 
 @dataclass(frozen=True)
@@ -210,8 +214,8 @@ class Watch:
     """Reads records in the order in which they were logged. Values that are absent leave their rules silent.
 
     From train records: `discriminator_loss`, `generator_loss`, `discriminator_accuracy`, and BEGAN's `convergence` and
-    `k`. From evaluations: `fid@...`, `precision@...`, `recall@...`, `coverage@...`, `diversity` and `spacing` (see
-    Rules). Of several feature extractors the first by name counts.
+    `k`. From evaluations: `fid@...`, `fid_shuffled@...`, `precision@...`, `recall@...`, `coverage@...`, `diversity` and
+    `spacing` (see Rules). Of several feature extractors the first by name counts.
     """
 
     def __init__(self, rules: Rules = Rules()) -> None:
