@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import CheckpointStore
-from trainer.directory import Directory
+from trainer.distributed.runtime import StopSignals
 from trainer.engine import Cadence
-from trainer.lease import Lease
-from trainer.metric_log import MetricLog
-from trainer.runtime import StopSignals
+from trainer.run.directory import Directory
 from trainer.state import Groups
-from trainer.storage import Storage
-from trainer.tracker import Tracker
+from trainer.storage.checkpoint import CheckpointStore
+from trainer.storage.lease import Lease
+from trainer.storage.metric_log import MetricLog
+from trainer.storage.objects import Storage
+from trainer.tracking.tracker import Tracker
 
 from .common import SETTINGS, Cost, spread, table
 from .ours import WARM, Ours, ours

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 import yaml
 
-from trainer import parts
-from trainer.config import RunConfig
-from trainer.console import Console
+from trainer.config.options import RunConfig
 from trainer.data.sources import open_data
-from trainer.directory import SilentSaver
+from trainer.distributed.process import Place
+from trainer.distributed.runtime import Runtime
 from trainer.engine import Engine
-from trainer.metric_log import MetricLog
-from trainer.place import Place
-from trainer.runtime import Runtime
+from trainer.run import build
+from trainer.run.directory import SilentSaver
 from trainer.state import TrainState
-from trainer.storage import Storage
-from trainer.tracker import Silent, Tracker
+from trainer.storage.metric_log import MetricLog
+from trainer.storage.objects import Storage
+from trainer.tracking.console import Console
+from trainer.tracking.tracker import Silent, Tracker
 
 from .common import Cost
 
@@ -79,17 +79,17 @@ def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
     """The trainer on Fashion-MNIST as `python -m trainer` puts it together, without checkpoints and evaluation."""
     values = {**_ALWAYS, **settings, "workload": {"name": "classifier", **settings["workload"]},
               "data": {"name": "fashion_mnist", "root": data, **settings.get("data", {})}}  # fmt: skip
-    config = parts.load_config(yaml.safe_dump(values), "benchmark")
+    config = build.load_config(yaml.safe_dump(values), "benchmark")
     place = Place.from_environment()
     fashion = open_data(config.data, data, config.evaluate.split)
-    workload = parts.build_workload(config, fashion.description)
+    workload = build.build_workload(config, fashion.description)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
         Runtime(place, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
     ):
         runtime.prepare(workload, config.channels_last, config.compile)
-        plan = parts.build_plan(config, len(fashion.train), workload, runtime.world)
-        limits = parts.build_limits(config, plan.batch_size, plan.size)
+        plan = build.build_plan(config, len(fashion.train), workload, runtime.world)
+        limits = build.build_limits(config, plan.batch_size, plan.size)
         never = dataclasses.replace(limits.evaluate, period=None)
         log = MetricLog(Storage(folder))
         log.rewind(0)
@@ -98,11 +98,11 @@ def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
         engine = Engine(
             runtime=runtime,
             state=TrainState(workload),
-            loader=parts.build_loader(config, fashion, workload, plan, runtime),
+            loader=build.build_loader(config, fashion, workload, plan, runtime),
             tracker=stopwatch,
             saver=SilentSaver(),
             limits=dataclasses.replace(limits, evaluate=never, save=never, samples=never),
-            schedule=parts.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
+            schedule=build.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
             seed=config.seed,
             clip_norm=config.optimizer.clip_norm,
         )

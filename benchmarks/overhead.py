@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.config import DataOptions
+from trainer.config.options import DataOptions
 from trainer.data.dataset import Memory
 from trainer.data.sources import open_data
 

@@ -73,7 +73,7 @@ def check_unused(job: Job) -> None:
                 raise Refused(f"--name: {job.name!r} is in use: it was submitted with {' '.join(was)!r}: "
                               f"choose another --name")  # fmt: skip
         return
-    from trainer.config import is_safe
+    from trainer.config.options import is_safe
 
     stored = _flat(read_yaml(str(stored_path)))
     for name, value in _settings(job.arguments).items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from trainer.yaml_file import YamlError, read_file
+from trainer.config.yaml_file import YamlError, read_file
 
 from . import Refused
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([
-    "torch", "torch._dynamo", "trainer.commands", "trainer.doctor", "trainer.workloads.classifier", "accelerate",
+    "torch", "torch._dynamo", "trainer.commands.train", "trainer.commands.evaluate",
+    "trainer.commands.doctor", "trainer.workloads.classifier", "accelerate",
     "sklearn.datasets", "matplotlib.figure", "matplotlib.backends.backend_agg", "PIL.Image", "s3fs",
 ])  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from trainer.metric_log import TIMING
+from trainer.storage.metric_log import TIMING
 
 
 def final_tensors(run: Path) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ from .ranks import _context, free_port
 def _call(
     work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection
 ) -> None:
-    from trainer.place import Place
-    from trainer.runtime import Runtime
+    from trainer.distributed.process import Place
+    from trainer.distributed.runtime import Runtime
 
     try:
         with Runtime(Place(rank, world, rank, world, port=port), precision="fp64", threads=1) as runtime:

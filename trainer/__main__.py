@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads m
 import contextlib
 import difflib
 import gc
+import importlib
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,13 +111,13 @@ def _without_collections() -> Iterator[None]:
 
 def _run(command: str, words: list[str]) -> int:
     with _without_collections():
-        from . import commands
-        from .config import UserError
-        from .place import LaunchError
+        module = importlib.import_module(f".commands.{command}", __package__)
+        from .config.options import UserError
+        from .distributed.process import LaunchError
         from .state import Mismatch
-        from .storage import StorageError
+        from .storage.objects import StorageError
     try:
-        return getattr(commands, command)(words)
+        return int(module.main(words))
     except (UserError, LaunchError, StorageError, Mismatch) as error:
         complain(str(error))
         return 2

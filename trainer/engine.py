@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .meters import Clock, Meter
+from .clock import Clock, Meter
+from .distributed.runtime import PhaseModule, Runtime
 from .metrics.health import HEALTHY, Verdict, Watch
 from .randomness import Draws, key
-from .runtime import PhaseModule, Runtime
 from .schedule import Schedule
 from .state import Groups, TrainState
 from .workload import Batch, Phase, Scalars, Totals, Workload

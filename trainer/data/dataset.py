@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import DataOptions, UserError
+from ..config.options import DataOptions, UserError
 from ..workload import Description
 
 

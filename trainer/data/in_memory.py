@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from ..config import DataOptions, UserError
+from ..config.options import DataOptions, UserError
 from ..workload import Mixture
 from .dataset import DataSet, Memory, Stored, choose_split, describe, local_root, reason_of
 

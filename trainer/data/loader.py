@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from ..config import DataOptions, UserError
+from ..config.options import DataOptions, UserError
 from ..workload import Batch
 from .dataset import DataSet, Encoded, Memory, Stored
 from .plan import BatchPlan, share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..config import DataOptions, UserError
+from ..config.options import DataOptions, UserError
 from . import in_memory, stored
 from .dataset import DataSet, reason_of
 

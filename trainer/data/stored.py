@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from ..config import DataOptions, UserError
+from ..config.options import DataOptions, UserError
 from .dataset import DataSet, Encoded, Stored, choose_split, describe, local_root, reason_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DataOptions
+from ..config.options import DataOptions
 from ..randomness import key, uniforms
 from ..workload import Description
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import OptimizerOptions
+from ..config.options import OptimizerOptions
 
 
 def build(options: OptimizerOptions, *networks: nn.Module) -> torch.optim.Optimizer:

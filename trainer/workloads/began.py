@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..adversarial import Adversarial, AdversarialOptions
-from ..config import OptimizerOptions
-from ..nn.dcgan import halvings
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.dcgan import halvings
 from ..randomness import Draws
 from ..workload import Batch, Description, Scalars
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..adversarial import Adversarial, AdversarialOptions
-from ..config import OptimizerOptions
-from ..nn.dcgan import halvings
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.dcgan import halvings
 from ..randomness import Draws
 from ..workload import Batch, Description, Scalars
 

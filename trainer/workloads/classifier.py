@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..config import OptimizerOptions, WorkloadOptions
+from ..config.options import OptimizerOptions, WorkloadOptions
 from ..nn import optim
 from ..nn.average import WeightAverage
-from ..nn.drop import drawing, use_draws
+from ..nn.dropout import drawing, use_draws
 from ..randomness import Draws
 from ..workload import Batch, Description, ImageGrid, Matrix, Phase, Picture, Scalars, Totals, Workload
 

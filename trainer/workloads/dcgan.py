@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..adversarial import Adversarial, AdversarialOptions, Views
-from ..config import OptimizerOptions
-from ..nn.dcgan import Discriminator, Generator
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions, Views
+from ..gan.dcgan import Discriminator, Generator
 from ..workload import Batch, Description
 
 

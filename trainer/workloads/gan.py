@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..adversarial import Adversarial, AdversarialOptions
-from ..config import OptimizerOptions
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..workload import Description
 
 

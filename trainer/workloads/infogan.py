@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..adversarial import Adversarial, AdversarialOptions, unit
-from ..config import OptimizerOptions
-from ..nn.dcgan import halvings, initialise
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions, unit
+from ..gan.dcgan import halvings, initialise
 from ..randomness import Draws
 from ..workload import Batch, Description, ImageGrid, Picture, Scalars, Totals
 

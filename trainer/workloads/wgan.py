@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..adversarial import Adversarial, AdversarialOptions
-from ..config import OptimizerOptions
-from ..nn.dcgan import Discriminator, Generator
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.dcgan import Discriminator, Generator
 from ..workload import Description
 
 _CLIPPED = "whose critic is clipped"

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..adversarial import Adversarial, AdversarialOptions
-from ..config import OptimizerOptions
-from ..nn.dcgan import Discriminator, Generator
+from ..config.options import OptimizerOptions
+from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.dcgan import Discriminator, Generator
 from ..workload import Description
 
 

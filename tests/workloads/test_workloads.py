@@ -1,0 +1,265 @@
+"""The contract that every workload keeps, over all that are found: a new file in trainer/workloads is tested by being
+there. Settings make the networks small; further cases are the options that change how a step is computed."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer import workloads
+from trainer.config.options import RunConfig
+from trainer.data.dataset import DataSet
+from trainer.distributed.runtime import Runtime
+from trainer.engine import Engine
+from trainer.gan.adversarial import Adversarial, Fakes
+from trainer.randomness import Draws
+from trainer.run import build
+from trainer.run.features import open_judge
+from trainer.schedule import constant
+from trainer.state import TrainState
+from trainer.tracking.tracker import Silent
+from trainer.workload import Workload
+
+from ..test_engine import Keep, difference
+from ..workers import on_ranks
+
+SMALL: dict[str, dict[str, Any]] = {"biggan": {"latent": 10, "embedding": 4}, "infogan": {"hidden": 16}}
+NOISY = {"label_smoothing": 0.1, "instance_noise": 0.1, "augment": "color,translation,cutout", "packing": 2}
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in workloads.names()},
+    "dcgan, noisy": {"name": "dcgan", **NOISY},
+    "dcgan, constrained": {"name": "dcgan", "spectral_norm": True, "r1": 1.0, "r1_every": 2, "ema": 0.9},
+    "dcgan, penalised": {"name": "dcgan", "gradient_penalty": 1.0, "discriminator_steps": 2, "packing": 2},
+    "dcgan, multi-scale": {"name": "dcgan", "multi_scale": True, "gradient_penalty": 1.0, "instance_noise": 0.1},
+    "biggan, attending": {"name": "biggan", "attention": "yes", "hierarchical": False, "r1": 1.0},
+    "gan, points": {"name": "gan", "loss": "hinge", "packing": 2, "spectral_norm": True},
+    "began, normalised": {"name": "began", "norm": "batch"},
+    "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
+    "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
+    "wgan_gp, accumulating": {"name": "wgan_gp"},
+}  # fmt: skip
+GENERATORS = [case for case in CASES if CASES[case]["name"] != "classifier"]
+BATCH, STEPS = 14, 6  # a batch that does not divide by 3
+
+
+def configure(case: str) -> RunConfig:
+    options = {**SMALL.get(CASES[case]["name"], {}), **CASES[case]}
+    model = build.model_for(options["name"])
+    fields = type(model.model_fields["workload"].default).model_fields
+    options = {**({"width": 4} if "width" in fields else {}), **options}
+    data: dict[str, Any] = {"name": "fake", "samples": 40, "size": 8, "classes": 5, "channels": 1}
+    if case == "gan, points":
+        data = {"name": "ring8"}
+    return model(
+        workload=options, data=data, batch_size=BATCH, precision="fp64", optimizer={"lr": 1e-3},
+        accumulation=2 if "accumulating" in case else 1, duration=f"{STEPS} steps", evaluate={"samples": 23},
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def made(case: str) -> tuple[RunConfig, DataSet, Workload]:
+    config = configure(case)
+    data = build.open_run_data(config)
+    workload = build.build_workload(config, data.description)
+    workload.quality = open_judge(config, data.description) if workload.generates else None
+    return config, data, workload
+
+
+def engine_of(runtime: Runtime, case: str, steps: int = STEPS) -> tuple[Engine, Keep]:
+    config, data, workload = made(case)
+    runtime.prepare(workload, None, False)
+    plan = build.build_plan(config, len(data.train), workload, runtime.world)
+    loader = build.build_loader(config, data, workload, plan, runtime)
+    if workload.generates:
+        workload.quality.prepare(loader, runtime)  # type: ignore[union-attr]
+    limits = build.build_limits(config.model_copy(update={"duration": f"{steps} steps"}), BATCH, plan.size)
+    saver = Keep()
+    return Engine(runtime, TrainState(workload), loader, Silent(), saver, limits, constant, seed=5), saver
+
+
+Result = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]
+
+
+def trained(runtime: Runtime, case: str) -> Result:
+    """Weights of a whole run, of one that was cut in the middle and went on, and the metrics."""
+    engine, _ = engine_of(runtime, case)
+    assert engine.train().status == "done"
+    first, saver = engine_of(runtime, case, STEPS // 2)
+    first.train()
+    groups = runtime.broadcast_groups(saver.last[0] if runtime.main else None)
+    second, _ = engine_of(runtime, case)
+    second.restore(groups, saver.last[1])
+    second.train()
+    return engine.workload.state_dict(), second.workload.state_dict(), engine.metrics
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Result]:
+    return {}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, alone: dict[str, Result]) -> None:
+    (alone[case],) = on_ranks(1, trained, case)
+    whole, resumed, _ = alone[case]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_the_world_size_changes_nothing(case: str, world: int, alone: dict[str, Result]) -> None:
+    if case not in alone:
+        (alone[case],) = on_ranks(1, trained, case)
+    weights, _, metrics = alone[case]
+    for whole, resumed, found in on_ranks(world, trained, case):
+        assert difference(weights, whole) < 1e-9
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert found == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+
+
+def phase_by_phase(runtime: Runtime, case: str) -> list[tuple[set[str], set[str]]]:
+    """For each update: the parameters that have a gradient, and those of the phase."""
+    engine, _ = engine_of(runtime, case)
+    names = {id(p): name for name, p in engine.workload.named_parameters()}
+    seen: list[tuple[set[str], set[str]]] = []
+    for phase in engine.workload.phases:
+        own = {names[id(p)] for p in phase.parameters}
+
+        def look(*_: object, own: set[str] = own) -> None:
+            with_gradient = {name for name, p in engine.workload.named_parameters() if p.grad is not None}
+            seen.append((with_gradient, own))
+
+        phase.optimizer.register_step_pre_hook(look)
+    engine.train()
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_only_where_a_phase_trains(case: str) -> None:
+    for with_gradient, own in phase_by_phase(_runtime(), case):
+        assert with_gradient == own
+
+
+@pytest.mark.parametrize("case", GENERATORS)
+def test_the_generator_is_judged_by_the_fakes_that_the_discriminator_has_just_seen(case: str) -> None:
+    engine, _ = engine_of(_runtime(), case)
+    workload = engine.workload
+    assert isinstance(workload, Adversarial)
+    made: list[tuple[Tensor, ...]] = []
+    given: list[tuple[Tensor, ...]] = []
+    taken: list[tuple[Tensor, ...]] = []
+    generate, give, take = workload.generate, workload.given, workload.fakes
+
+    def generated(z: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+        made.append(generate(z, labels))
+        return made[-1]
+
+    def noted(kind: list[tuple[Tensor, ...]], fakes: Fakes) -> Fakes:
+        kind.append(fakes.views)
+        return fakes
+
+    workload.generate = generated  # type: ignore[method-assign]
+    workload.given = lambda batch, draws: noted(given, give(batch, draws))  # type: ignore[method-assign]
+    workload.fakes = lambda batch, draws: noted(taken, take(batch, draws))  # type: ignore[method-assign]
+    engine.update(list(islice(engine.loader.train(0), workload.reads)))
+
+    micro_batches = engine.loader.plan.accumulation  # type: ignore[attr-defined]
+    assert len(given) == micro_batches * workload.phases[0].times
+    assert len(taken) == micro_batches
+    assert len(made) == len(given) + micro_batches - 1
+    assert all(torch.equal(seen, judged) for seen, judged in zip(given[-1], taken[-1], strict=True))
+    assert not any(view.requires_grad for views in given for view in views)
+    assert workload._kept is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_phase_can_overfit_one_batch(case: str) -> None:
+    engine, _ = engine_of(_runtime(), case)
+    rows, batch = next(iter(engine.loader.train(0)))[0]
+    for step, phase in enumerate(engine.workload.phases, 1):
+        for parameter in engine.workload.parameters():
+            parameter.requires_grad_(any(parameter is p for p in phase.parameters))
+        losses = []
+        for _ in range(40):
+            value, _ = phase.loss(batch, Draws(0, (step, phase.name, 0, 0), rows, torch.device("cpu"), torch.float64))
+            value.backward()
+            phase.optimizer.step()
+            phase.optimizer.zero_grad()
+            losses.append(float(value.detach()))
+        assert min(losses[-5:]) < losses[0] - 0.01 * abs(losses[0]), f"{phase.name}: {losses[0]} -> {losses[-1]}"
+
+
+@pytest.mark.parametrize("case", GENERATORS)
+def test_samples_are_images_of_the_data_set_and_follow_their_draws(case: str) -> None:
+    _, data, workload = made(case)
+    workload.double().eval()
+
+    def draws(rows: slice, seed: int = 0) -> Draws:
+        return Draws(seed, ("samples",), rows, torch.device("cpu"), torch.float64)
+
+    images = workload.samples(draws(slice(0, 12)))
+    assert isinstance(images, Tensor)
+    assert images.shape == (12, *data.description.shape)
+    assert images.isfinite().all()
+    if data.description.mixture is None and CASES[case]["name"] != "began":  # whose output is linear
+        assert images.abs().max() <= 1
+    assert len(images.flatten(1).unique(dim=0)) == 12
+    part, other = workload.samples(draws(slice(4, 9))), workload.samples(draws(slice(0, 12), 1))
+    assert isinstance(part, Tensor)
+    assert isinstance(other, Tensor)
+    torch.testing.assert_close(part, images[4:9])
+    assert not torch.equal(other, images)
+    assert isinstance(workload.samples(draws(slice(0, 3)), label=1, truncation=0.5), Tensor)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_evaluation_is_a_sum_over_samples(case: str) -> None:
+    engine, _ = engine_of(_runtime(), case)
+    assert engine.evaluate()
+    workload = engine.workload.eval()
+    (rows, batch), *_ = engine.loader.evaluate()
+    cut = len(batch["id"]) // 3
+
+    def totals(part: slice) -> dict[str, Tensor]:
+        draws = Draws(5, ("evaluate",), slice(rows.start + part.start, rows.start + part.stop), torch.device("cpu"),
+                      torch.float64)  # fmt: skip
+        return workload.evaluate({name: value[part] for name, value in batch.items()}, draws)
+
+    whole, first, second = (totals(slice(*ends)) for ends in ((0, len(batch["id"])), (0, cut), (cut, len(batch["id"]))))
+    for name, value in whole.items():
+        torch.testing.assert_close(first[name] + second[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pictures_can_be_drawn(case: str) -> None:
+    from trainer.tracking import render
+
+    engine, _ = engine_of(_runtime(), case)
+    engine.evaluate()
+    found = engine.workload.eval().pictures(engine.totals, engine.loader.pixels, engine.fixed_draws())
+    for picture in found.values():
+        assert render.render(picture).startswith(b"\x89PNG")
+
+
+_kept: list[Runtime] = []
+
+
+def _runtime() -> Runtime:
+    """A world of one in this process."""
+    import torch.distributed as dist
+
+    from trainer.distributed.process import Place
+
+    if not _kept or not dist.is_initialized():
+        _kept[:] = [Runtime(Place(), precision="fp64", threads=1)]
+    return _kept[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_no_process_group() -> Any:
+    yield
+    if _kept:
+        _kept.pop().__exit__(None)

@@ -1,0 +1,108 @@
+"""`export`: a network in the formats that other programs read; each is read back and compared where possible."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.options import UserError
+from ..run.opened import Trained, open_run
+from .common import Parser, checkpoint_arguments, say
+
+Inputs = tuple[Tensor, ...]  # of the network that is exported
+
+
+def _safetensors(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
+    from safetensors.torch import save_file
+
+    data = trained.data
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
+    about = {
+        "workload": trained.config.workload.model_dump(mode="json"),
+        "input": {"shapes": [["batch", *tensor.shape[1:]] for tensor in example]}
+        if trained.workload.generates
+        else {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
+        "classes": data.classes, "data": data.name, "checkpoint": trained.name,
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    return f"{target / 'weights.safetensors'}, {target / 'config.json'}"
+
+
+def _torch(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
+    program = torch.export.export(network, example, dynamic_shapes=_any_batch(example))
+    path = target / "model.pt2"
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+    return f"{path}; outputs differ by {_difference(network, loaded, example)}"
+
+
+def _onnx(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError:
+        raise UserError("--format: onnx needs another package: pip install 'trainer[onnx]'") from None
+    path = target / "model.onnx"
+    generates = trained.workload.generates
+    names = ["latents", "labels"][: len(example)] if generates else ["images"]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        torch.onnx.export(
+            network, example, str(path), input_names=names, output_names=["images" if generates else "logits"],
+            dynamo=True, dynamic_shapes=_any_batch(example), external_data=False, verbose=False,
+        )  # fmt: skip
+    try:
+        import onnxruntime
+    except ImportError:
+        return f"{path}; not compared, for onnxruntime is not installed"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def other(*inputs: Tensor) -> Any:
+        return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})[0]
+
+    return f"{path}; outputs differ by {_difference(network, other, example)}"
+
+
+@torch.no_grad()
+def _difference(network: nn.Module, other: Any, example: Inputs) -> str:
+    return f"{float((network(*example) - torch.as_tensor(other(*example))).abs().max()):.1e} at most"
+
+
+def _any_batch(example: Inputs) -> tuple[dict[int, Any], ...]:
+    return tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+
+
+FORMATS: dict[str, Callable[[nn.Module, Trained, Inputs, Path], str]] = {
+    "safetensors": _safetensors,
+    "torch": _torch,
+    "onnx": _onnx,
+}  # each writes into a folder and says what it has written
+
+
+def main(words: Sequence[str]) -> int:
+    parser = Parser("python -m trainer export", description="Write a checkpoint's network for use elsewhere.")
+    checkpoint_arguments(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--format", metavar="NAME", nargs="+", default=["safetensors"], choices=list(FORMATS),
+        help="safetensors: weights and config.json | torch: a torch.export program | onnx (default: safetensors)",
+    )  # fmt: skip
+    options = parser.parse_args(words)
+    trained = open_run(options.checkpoint, step=options.step, best=options.best)
+    target = Path(options.to)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to: {options.to!r} cannot be made: {error.strerror}") from None
+    network = trained.workload.eval().inference().eval().float()
+    example = trained.workload.example()
+    for kind in options.format:
+        say(f"{kind:<12} {FORMATS[kind](network, trained, example, target)}")
+    return 0

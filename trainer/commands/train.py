@@ -1,0 +1,13 @@
+"""`train`: the default command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..run import session
+from .common import read_config
+
+
+def main(words: Sequence[str]) -> int:
+    config, name = read_config(words, "python -m trainer [train] [CONFIG.yaml]", "Train a run, or go on with it.")
+    return session.train(config, name)

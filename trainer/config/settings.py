@@ -1,0 +1,293 @@
+"""Where settings come from: a YAML file < the environment (TRAINER_...) < flags; mistakes as one line each; the help.
+
+`config_class` builds the settings model around the options of a workload, and `build_config` fills it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    create_model,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsError,
+)
+
+from . import yaml_file
+from .options import RunConfig, UserError, WorkloadOptions
+
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+
+def read_yaml(text: str, name: str) -> dict[str, Any]:
+    """A config as plain data; raises UserError with the file's name."""
+    try:
+        return yaml_file.read_yaml(text, name)
+    except yaml_file.YamlError as error:
+        raise UserError(str(error)) from None
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The config in a file; raises UserError."""
+    try:
+        return yaml_file.read_file(path)
+    except yaml_file.YamlError as error:
+        raise UserError(str(error)) from None
+
+
+def config_class(*workloads: type[WorkloadOptions], default: WorkloadOptions | None = None) -> type[RunConfig]:
+    """The settings model for these workloads' options (one to run, all of them for the JSON schema)."""
+    kind: Any = workloads[0]
+    if len(workloads) > 1:
+        kind = Annotated[Union[workloads], Field(discriminator="name")]  # noqa: UP007 - a runtime tuple
+    return create_model("Config", __base__=RunConfig, workload=(kind, ... if default is None else default))
+
+
+def _settings(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting by its dotted name."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _settings(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def _groups(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
+    """The keys of every group of settings, by its dotted name."""
+    found = {prefix.rstrip("."): list(model.model_fields)}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _groups(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def takes_no_value(flag: str, model: type[BaseModel] = RunConfig) -> bool:
+    """Whether a flag such as --data.flip may stand alone."""
+    field = _settings(model).get(_positive(_name(flag)))
+    return field is not None and _is_boolean(field)
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _positive(name: str) -> str:
+    """data.flip for data.no_flip and no_data.flip."""
+    return re.sub(r"(^|\.)no_", r"\1", name, count=1)
+
+
+def _is_boolean(field: FieldInfo) -> bool:
+    return bool in (field.annotation, *get_args(field.annotation))
+
+
+def _list_text(items: Sequence[str]) -> str:
+    """Words, words with commas or a JSON list, as a JSON list."""
+    if len(items) == 1 and items[0].lstrip().startswith("["):
+        try:
+            json.loads(items[0])
+            return items[0]
+        except ValueError:
+            pass
+    return json.dumps([part for item in items for part in item.split(",") if part])
+
+
+def _unknown(what: str, name: str, model: type[RunConfig], prefix: str = "") -> str:
+    settings, groups = list(_settings(model)), _groups(model)
+    if name and name in groups:
+        return f"{what}: a group of settings: set one of {', '.join(f'{prefix}{name}.{key}' for key in groups[name])}"
+    ends = [setting for setting in settings if setting.rpartition(".")[2] == name]
+    near = ends or difflib.get_close_matches(name, settings, 1, cutoff=0.6)
+    way_out = f"did you mean {' or '.join(prefix + n for n in near)}?" if near else "'train --help' lists all"
+    return f"{what}: unknown setting; {way_out}"
+
+
+def _read_flags(words: Sequence[str], model: type[RunConfig]) -> tuple[list[str], list[str]]:
+    """The flags as `--name=value`, in which a value may begin with a dash, and a line per mistake."""
+    settings = _settings(model)
+    flags: dict[str, str] = {}
+    problems: list[str] = []
+    rest = list(words)
+
+    def values() -> list[str]:
+        found = []
+        while rest and not rest[0].startswith("--"):
+            found.append(rest.pop(0))
+        return found
+
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return ["--help"], []
+        if not word.startswith("--"):
+            problems.append(f"{word}: neither a flag nor the value of one: give one config file, then --setting value")
+            continue
+        _, given, value = word.partition("=")
+        name = _name(word)
+        positive = _positive(name)
+        if name in settings:
+            field = settings[name]
+        elif positive in settings and _is_boolean(settings[positive]):
+            flags[positive] = "false"
+            if given:
+                problems.append(f"{word}: takes no value: write --{positive} or --{positive}=false")
+            continue
+        else:
+            problems.append(_unknown(f"--{word[2:].partition('=')[0]}", name, model, "--"))
+            values()
+            continue
+        if _is_boolean(field):
+            alone = not given and not (rest and rest[0].lower() in _BOOLEANS)
+            flags[name] = "true" if alone else value if given else rest.pop(0)
+        elif get_origin(field.annotation) is tuple:
+            items = [value] if given else values()
+            flags[name] = _list_text(items)
+            if not items:
+                problems.append(f"--{name}: has no value: write --{name} VALUE ...")
+        elif given or (rest and not rest[0].startswith("--")):
+            flags[name] = value if given else rest.pop(0)
+        else:
+            problems.append(f"--{name}: has no value: write --{name} VALUE, or --{name}=VALUE if it begins with --")
+    return [f"--{name}={value}" for name, value in flags.items()], problems
+
+
+def _variables() -> dict[str, str]:
+    """Settings in the environment by dotted name. TRAINER_DATA is the data folder and no setting."""
+    names = {variable: variable.lower() for variable in os.environ}
+    return {
+        name.removeprefix("trainer_").replace("__", "."): variable
+        for variable, name in sorted(names.items())
+        if name.startswith("trainer_") and name != "trainer_data"
+    }
+
+
+class _Environment(EnvSettingsSource):
+    """TRAINER_OPTIMIZER__LR and so on; only the variables that are settings."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        settings, found = _settings(self.settings_cls), {}
+        for name, variable in _variables().items():
+            if name in settings:
+                value = os.environ[variable]
+                is_list = get_origin(settings[name].annotation) is tuple
+                found[variable.lower()] = _list_text([value]) if is_list else value
+        return found
+
+
+class _Help(argparse.HelpFormatter):
+    """Help in which the choices of a setting stand in its text, not between its name and its text."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = str(action.metavar or "")
+        if not action.option_strings or not kind:
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        if kind == "bool":
+            return f"{flag}, --{'.no-'.join(flag[2:].rsplit('.', 1)) if '.' in flag else f'no-{flag[2:]}'}"
+        if kind.startswith("tuple["):
+            return f"{flag} VALUE ..."
+        shown = {"int": "N", "float": "X", "str": "TEXT"}
+        return f"{flag} {'CHOICE' if kind.startswith('{') else shown.get(kind, kind)}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        # What a setting without a value means is in its text, after 'Default:'.
+        text = re.sub(r" \(default: (null|None|\(\))\)", "", super()._expand_help(action))
+        kind = str(action.metavar or "")
+        return f"{kind[1:-1].replace(',', ' | ')}. {text}" if kind.startswith("{") else text
+
+
+def build_config(
+    model: type[RunConfig], values: dict[str, Any], flags: Sequence[str], program: str, description: str
+) -> RunConfig:
+    """Merge file values, environment and flags; raises UserError with a line per mistake. Prints help on --help."""
+    words, problems = _read_flags(flags, model)
+    if words != ["--help"]:
+        problems += [_unknown(v, n, model) for n, v in _variables().items() if n not in _settings(model)]
+
+    class Sources(model):  # type: ignore[valid-type,misc]
+        __doc__ = description
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            arguments = CliSettingsSource[argparse.ArgumentParser](
+                settings_cls,
+                cli_prog_name=program,
+                cli_parse_none_str="null",
+                cli_hide_none_type=True,
+                cli_avoid_json=True,
+                cli_exit_on_error=False,
+                cli_enforce_required=False,
+                formatter_class=_Help,
+            )
+            arguments.root_parser.usage = f"{program} [--setting value ...]"
+            return (
+                arguments(args=words),
+                _Environment(settings_cls),
+                InitSettingsSource(settings_cls, init_kwargs=values),
+            )
+
+    try:
+        merged = Sources()
+    except ValidationError as error:
+        problems += [_line(e, model) for e in error.errors()]
+    except SettingsError as error:
+        problems.append(re.sub(r"^error parsing CLI: ", "", str(error).splitlines()[0]))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return model.model_construct(**{name: getattr(merged, name) for name in model.model_fields})
+
+
+def _shown(value: object) -> str:
+    """A value as the user may have written it, cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _line(error: Any, model: type[RunConfig]) -> str:
+    where = [str(part) for part in error["loc"]]
+    name, value, message = ".".join(where), error.get("input"), str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _groups(model).get(".".join(where[:-1]), [])
+        near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.6)
+        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        return f"{name}: unknown setting; {way_out}"
+    if error["type"] == "missing":
+        return f"{name}: missing: give a value"
+    if error["type"] == "value_error" and isinstance(value, BaseModel | dict):
+        return message if message.startswith(name) else f"{name}.{message}"  # it names the setting
+    message = message.removeprefix("Input ").partition(", unable to")[0]
+    message = message.replace("a valid tuple", "a list")
+    if "valid dictionary" in message:
+        message = "should be a mapping of settings"
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", message), 1, cutoff=0.6)
+        message += f"; did you mean {near[0]!r}?" if near else ""
+    separator = " " if message.startswith(("should", "must", "is ")) else " is not valid: "
+    return f"{name}: {_shown(value)}{separator}{message}"

@@ -1,0 +1,1 @@
+"""Ranks, device, collectives, signals, deadlines: everything that a workload must not know."""

@@ -1,0 +1,351 @@
+"""Ranks, device, precision, DDP, collectives and signals: everything that a workload must not know.
+
+A run is a world of processes that were started by torchrun, by srun, or by hand; one process alone is a world of one
+with the same process group. Differences between torch versions are handled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import errno
+import functools
+import inspect
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..nn.norm import convert_batch_norm
+from ..workload import Batch, Phase, Scalars, Totals, Workload
+from . import elastic
+from .deadline import Deadline
+from .process import LaunchError, Place, threads_per_rank
+
+if TYPE_CHECKING:
+    from ..randomness import Draws
+
+Groups = dict[str, dict[str, Tensor]]  # named tensors, as a checkpoint holds them
+
+TIMEOUT = datetime.timedelta(minutes=5)
+LEFT = 75  # the exit code EX_TEMPFAIL: try again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)  # by the command line while it imports, so that none kills or is lost
+
+
+class StopSignals:
+    """Handlers that only set a flag, from the very start on: the ranks agree on it at a step boundary."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":  # a second Ctrl-C means it
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class Runtime:
+    """The process group and the device of a run. Use as a context manager."""
+
+    def __init__(
+        self, place: Place, *, device: str = "auto", precision: str = "auto", batch_norm: str = "sync",
+        threads: int | None = None, signals: StopSignals | None = None,
+    ) -> None:  # fmt: skip
+        from accelerate import PartialState
+
+        threads = threads_per_rank(place, threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for what is started from here, and lest accelerate chooses
+        torch.set_num_threads(threads)
+        if place.local_world == place.world:  # one node: gloo must not listen beyond it
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
+        accelerated = device == "auto" and torch.accelerator.is_available()
+        backend = f"cpu:gloo,{torch.accelerator.current_accelerator()}:{_device_backend()}" if accelerated else "gloo"
+        self._connect(place, backend)
+        os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # where PartialState takes the device's index from
+        self.device = PartialState(cpu=not accelerated).device if accelerated else torch.device("cpu")
+        if self.device.type == "cpu":
+            _keep_freed_memory()
+        self.rank, self.world, self.main = place.rank, place.world, place.rank == 0
+        self.local_main = place.local_rank == 0
+        self._agents = place.agents
+        self.batch_norm = batch_norm
+        self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision
+        self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        self.autocast_dtype = torch.bfloat16 if self.precision == "bf16" else None
+        self._control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
+        self._poll: tuple[Tensor, Any] | None = None
+        self.signals = signals or StopSignals()
+        self.deadline = Deadline()
+
+    def _connect(self, place: Place, backend: str) -> None:
+        if place.world == 1:
+            store: Any = dist.HashStore()  # type: ignore[attr-defined]
+        else:
+            listens = place.rank == 0 and not place.agent
+            if listens:
+                _check_port(place.port)
+            try:
+                tcp = dist.TCPStore(place.address, place.port, place.world, listens, TIMEOUT)  # type: ignore[attr-defined]
+            except (dist.DistNetworkError, dist.DistStoreError) as error:
+                raise LaunchError(
+                    f"rank {place.rank} cannot reach {place.address}:{place.port}: {str(error).splitlines()[0]}"
+                ) from None
+            # In-place restarts under torchrun must not see the keys of the life before: gloo would hang on them.
+            life = place.restart
+            if place.torchrun or place.agent:
+                elastic.die_with_parent()
+                try:
+                    life = elastic.agree_on_life(tcp, place.rank, place.world, TIMEOUT)
+                except (TimeoutError, dist.DistError) as error:
+                    raise LaunchError(f"rank {place.rank}: the ranks do not find each other: {error}") from None
+            store = dist.PrefixStore(f"trainer/{life}", tcp)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            dist.destroy_process_group()
+
+    @property
+    def signalled(self) -> str:
+        """What asked this rank to stop: a signal, or the end of the job's time; or ''."""
+        return self.signals.received or self.deadline.reached()
+
+    # Collectives. Everything that steers control flow goes through these, so that no rank decides alone.
+
+    def agree(self, *flags: int) -> list[int]:
+        """The sum of each flag over all ranks, as of the call before: the exchange overlaps with a step.
+
+        Every rank gets the same answer at the same step; a world of one gets its own at once.
+        """
+        if self._control is None:
+            return list(flags)
+        answer = [0] * len(flags)
+        if self._poll is not None:
+            tensor, work = self._poll
+            work.wait()
+            answer = tensor.tolist()
+        tensor = torch.tensor(flags)
+        self._poll = (tensor, dist.all_reduce(tensor, group=self._control, async_op=True))
+        return answer
+
+    def settle(self) -> None:
+        """Drop an exchange that is still under way."""
+        if self._poll is not None:
+            self._poll[1].wait()
+            self._poll = None
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop; poll in every loop, the same number of times on every rank."""
+        return bool(self.agree(int(bool(self.signalled)), 0, 0, 0)[0])
+
+    def exit_code(self, code: int, status: str) -> int:
+        """A rank that left for a signal to another node's ranks does not tell its torchrun that all is done.
+
+        Where a node joins, every torchrun stops its ranks, and the first signal stops all: those of a torchrun that is
+        about to do so would look finished to it.
+        """
+        left = status == "preempted" and self._agents > 1 and not self.signals.received
+        return LEFT if left and not code else code
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value on every rank."""
+        if self._control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain values of all ranks, in their order, on every rank."""
+        if self._control is None:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value, group=self._control)
+        return boxes
+
+    def total(self, totals: Totals) -> Totals:
+        """Sums over the ranks, in float64 on the CPU. Names and shapes come from the ranks that have any."""
+        local = {name: value.double().cpu() for name, value in totals.items()}
+        if self._control is None:
+            return local
+        shapes: dict[str, tuple[int, ...]] = {}
+        for others in self.gather({name: tuple(value.shape) for name, value in local.items()}):
+            shapes.update(others)
+        if not shapes:
+            return {}
+        flat = [local.get(name, torch.zeros(shape, dtype=torch.float64)).flatten() for name, shape in shapes.items()]
+        summed = torch.cat(flat)
+        dist.all_reduce(summed, group=self._control)
+        parts = torch.split(summed, [part.numel() for part in flat])
+        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def sum_scalars(self, scalars: Scalars) -> Scalars:
+        """Sums over the ranks, on the device, without a host sync."""
+        if self.world == 1 or not scalars:
+            return scalars
+        packed = torch.stack([value.double() for value in scalars.values()])
+        dist.all_reduce(packed)
+        return dict(zip(scalars, packed.unbind(), strict=True))
+
+    def broadcast_groups(self, groups: Groups | None) -> Groups:
+        """Rank 0's named tensors, on the CPU, on every rank; only rank 0 reads storage."""
+        if self._control is None:
+            assert groups is not None
+            return groups
+        shapes = None if groups is None else {
+            group: {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for group, tensors in groups.items()
+        }  # fmt: skip
+        received: Groups = groups or {}
+        for group, tensors in self.broadcast(shapes).items():
+            for name, (shape, dtype) in tensors.items():
+                tensor = received.setdefault(group, {}).setdefault(name, torch.empty(shape, dtype=dtype))
+                dist.broadcast(tensor.view(torch.uint8) if tensor.dim() else tensor, src=0, group=self._control)
+        return received
+
+    # Set-up of a workload.
+
+    def prepare(self, workload: Workload, channels_last: bool | None, compiled: bool) -> None:
+        """Move the workload to the device, in this run's precision, memory format and kind of BatchNorm."""
+        if self.world > 1 and self.batch_norm == "sync":
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm if self.device.type == "cuda" else convert_batch_norm
+            convert(workload)
+        workload.to(self.device, self.dtype)
+        if workload.channels_last if channels_last is None else channels_last:
+            workload.to(memory_format=torch.channels_last)
+        if compiled:
+            for network in workload.children():
+                if any(parameter.requires_grad for parameter in network.parameters()):
+                    network.compile()
+
+    def local_buffers(self, workload: Workload) -> dict[str, Tensor]:
+        """Buffers that differ from rank to rank: the running statistics of local BatchNorm."""
+        if self.world == 1 or self.batch_norm == "sync":
+            return {}
+        return {
+            f"{name}.{key}": buffer
+            for name, module in workload.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for key, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        }
+
+    @contextlib.contextmanager
+    def averaged(self, buffers: dict[str, Tensor]) -> Iterator[None]:
+        """The mean over the ranks in place of each rank's own buffers; put back afterwards."""
+        own = [buffer.clone() for buffer in buffers.values()]
+        for buffer in buffers.values():
+            dist.all_reduce(buffer)
+            buffer /= self.world
+        try:
+            yield
+        finally:
+            for buffer, mine in zip(buffers.values(), own, strict=True):
+                buffer.copy_(mine)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def no_sync(self, loss: PhaseModule) -> contextlib.AbstractContextManager[Any]:
+        """Leave the gradients to be reduced with those of a later micro-batch; the forward pass belongs inside."""
+        return loss.no_sync() if isinstance(loss, DistributedDataParallel) else contextlib.nullcontext()
+
+    def ddp(self, phase: Phase) -> PhaseModule:
+        """The phase's loss, called through DDP where there are other ranks."""
+        loss = PhaseLoss(phase)
+        if self.world == 1:
+            return loss
+        # DDP rearranges its buckets after its first backward pass, and the order in which three ranks or more add up
+        # depends on the place in a bucket: a resumed run would round otherwise than one that was never cut. Looking
+        # for unused parameters, of which there are none, keeps the arrangement. No bits are promised on a GPU.
+        keep = self.world > 2 and self.device.type == "cpu"
+        if keep:
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        return DistributedDataParallel(
+            loss,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=keep,
+            **_no_buffer_sync(),  # type: ignore[arg-type]
+        )
+
+    def memory(self) -> int:
+        """Peak bytes on the accelerator; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+class PhaseLoss(nn.Module):
+    """Owns exactly the parameters of one phase; its forward is the loss, so a phase may use networks as it likes."""
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(phase.parameters)
+        self._loss = phase.loss
+
+    def forward(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        return self._loss(batch, draws)
+
+
+PhaseModule = PhaseLoss | DistributedDataParallel
+
+
+@functools.cache
+def _no_buffer_sync() -> dict[str, bool]:
+    """torch 2.13 renamed broadcast_buffers, which also skips the sync at construction; there are no buffers here."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks for the next step, which else faults in every page of them anew: 6 % of DCGAN's."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def _device_backend() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return dist.get_default_backend_for_device(accelerator)
+
+
+def loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0] if names else "lo")
+
+
+def _check_port(port: int) -> None:
+    """TCPStore would listen or fail with a page of text; ask first."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise LaunchError(f"MASTER_PORT: port {port} is in use: choose a free one") from None
+            raise LaunchError(f"MASTER_PORT: port {port} cannot be used: {error.strerror}") from None

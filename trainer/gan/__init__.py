@@ -1,0 +1,1 @@
+"""What every generator and discriminator share."""

@@ -1,0 +1,362 @@
+"""What every pair of generator and discriminator shares: losses, the stability kit, samples, evaluation.
+
+A workload of the GAN family is an `Adversarial` with its own networks; it overrides a method where its paper differs.
+The discriminator's phase comes first and trains on fakes without a graph into the generator; in the generator's phase
+the discriminator is frozen. That phase goes on with the newest fakes of the one before, whose graph was kept: a tenth
+of a step less than new ones would cost. Each phase is one loss and one backward pass, penalties included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor, nn
+
+from ..config.options import OptimizerOptions, WorkloadOptions
+from ..nn import optim
+from ..nn.average import WeightAverage
+from ..nn.dropout import drawing
+from ..randomness import Draws
+from ..workload import Batch, Description, ImageGrid, Panels, Phase, Picture, Points, Scalars, Totals, Workload
+from .diff_augment import diff_augment
+
+Views = tuple[Tensor, ...]  # what a discriminator sees: the images, and with multi-scale gradients smaller ones too
+SHOWN = 64  # samples in a picture
+
+
+def _words(value: object) -> object:
+    """'color,translation' on the command line, a list in YAML."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+class AdversarialOptions(WorkloadOptions):
+    refuses: ClassVar[dict[str, str]] = {}  # settings that make no sense for a workload, and why
+
+    latent: int = Field(100, ge=1, le=8192)
+    """Length of the latent vector z."""
+    discriminator_steps: int = Field(1, ge=1, le=1000)
+    """Updates of the discriminator or critic per update of the generator, each on a batch of its own."""
+    discriminator_lr: float | None = Field(None, gt=0)
+    """Learning rate of the discriminator: two time scales (TTUR, Heusel et al. 2017). Default: optimizer.lr."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """The target of real images is 1 minus this (one-sided, Salimans et al. 2016); logistic loss only. 0 is off."""
+    spectral_norm: bool = False
+    """Divide every weight of the discriminator by its largest singular value (Miyato et al. 2018)."""
+    gradient_penalty: float = Field(0.0, ge=0)
+    """Weight of (|gradient| - 1)^2 between real and fake images (Gulrajani et al. 2017). 0 is off."""
+    r1: float = Field(0.0, ge=0)
+    """Gamma of the penalty gamma/2 |gradient|^2 at real images (Mescheder et al. 2018). 0 is off."""
+    r1_every: int = Field(16, ge=1)
+    """Apply r1 only every so many steps, and so many times as strongly (Karras et al. 2020)."""
+    augment: Annotated[tuple[Literal["color", "translation", "cutout"], ...], BeforeValidator(_words)] = ()
+    """DiffAugment of all that the discriminator sees: color, translation, cutout (Zhao et al. 2020). Default: none."""
+    instance_noise: float = Field(0.0, ge=0)
+    """Deviation of the noise on all that the discriminator sees (Sønderby et al. 2017), at the first step. 0 is off."""
+    instance_noise_steps: int = Field(2000, ge=1)
+    """Steps in which the instance noise falls to nothing, linearly."""
+    packing: int = Field(1, ge=1, le=16)
+    """Samples that the discriminator judges together (PacGAN, Lin et al. 2018)."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of the moving average of the generator's weights, which then is what samples and is evaluated. 0 is off."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> AdversarialOptions:
+        for name, reason in self.refuses.items():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(f"workload.{name}: {value!r} is no setting of {self.name}, {reason}: remove it")
+        if self.label_smoothing and getattr(self, "loss", "logistic") != "logistic":
+            raise ValueError("workload.label_smoothing: only the logistic loss has targets: remove it or set loss")
+        return self
+
+    @property
+    def plain_norm(self) -> bool:
+        """Whether the discriminator may have BatchNorm: with a Lipschitz constraint or a penalty it must not."""
+        return not (self.spectral_norm or self.gradient_penalty or self.r1)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """An adversarial loss on logits, each a mean over its rows."""
+
+    discriminator: Callable[[Tensor, Tensor, float], Tensor]  # of real and fake logits and the label smoothing
+    generator: Callable[[Tensor], Tensor]  # of fake logits
+    decides: bool  # whether the sign of a logit says real or fake
+    bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # where what a stable DCGAN logs lies
+
+
+def _logistic(real: Tensor, fake: Tensor, smoothing: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing)) + F.softplus(fake).mean()
+
+
+def _hinge(real: Tensor, fake: Tensor, _: float) -> Tensor:
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+CRITERIA = {
+    # Goodfellow et al. 2014, with the non-saturating loss of the generator; a discriminator that guesses has ln 2
+    "logistic": Criterion(
+        _logistic,
+        lambda fake: F.softplus(-fake).mean(),
+        True,
+        {"discriminator_loss": (0.5, 0.8), "generator_loss": (0.5, 2.0), "discriminator_accuracy": (0.7, 0.9)},
+    ),
+    # Lim and Ye 2017
+    "hinge": Criterion(_hinge, lambda fake: -fake.mean(), True),
+    # Arjovsky et al. 2017
+    "wasserstein": Criterion(lambda real, fake, _: fake.mean() - real.mean(), lambda fake: -fake.mean(), False),
+}
+
+
+@dataclass(frozen=True)
+class Fakes:
+    """Generated images, and what they were made from."""
+
+    views: Views
+    z: Tensor
+    labels: Tensor | None
+
+
+class Adversarial(Workload):
+    """A generator `(z, [labels]) -> images in [-1, 1]` and a discriminator `(images, ..., [labels]) -> logits (B,)`."""
+
+    symmetric = True
+    generates = True
+    whole_groups = True
+    channels_last = True
+    conditional = False
+
+    def __init__(self, options: AdversarialOptions, data: Description, optimizer: OptimizerOptions,
+                 generator: nn.Module, discriminator: nn.Module, loss: str = "logistic") -> None:  # fmt: skip
+        super().__init__()
+        self.kit, self.data, self.criterion = options, data, CRITERIA[loss]
+        self.bands = self.criterion.bands
+        self.generator, self.discriminator = generator, discriminator
+        self.average = WeightAverage(generator, options.ema) if options.ema else None
+        self.group = options.packing
+        if options.augment and data.size < 8:
+            raise ValueError(f"workload.augment: {data.name} has no images to augment: remove it")
+        rate = options.discriminator_lr or optimizer.lr
+        discriminators = optim.build(optimizer.model_copy(update={"lr": rate}), discriminator)
+        self.phases = (
+            Phase("discriminator", self.discriminator_loss, discriminators, times=options.discriminator_steps),
+            Phase("generator", self.generator_loss, optim.build(optimizer, generator)),
+        )
+        self._kept: tuple[object, Fakes] | None = None  # within a step only, so no checkpoint needs it
+
+    @property
+    def headline(self) -> str:  # type: ignore[override]
+        return self.quality.headline if self.quality else "loss"
+
+    # What a workload may override.
+
+    def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
+        """z (B, latent) from N(0, 1); with `truncation`, from its part within plus and minus that many deviations."""
+        if truncation is None:
+            return draws.normal("z", (self.kit.latent,))
+        share = min(math.erf(truncation / math.sqrt(2)), 1 - 1e-7)
+        return torch.erfinv((2 * draws.uniform("z", (self.kit.latent,)) - 1) * share) * math.sqrt(2)
+
+    def generate(self, z: Tensor, labels: Tensor | None) -> Views:
+        return (self.generator(z, labels) if self.conditional else self.generator(z),)
+
+    def reals(self, batch: Batch) -> Views:
+        return (batch["image"],)
+
+    # Training.
+
+    def see(self, views: Views, draws: Draws, name: str) -> Views:
+        """What the discriminator gets to see of images: augmented, noisy, packed (B/packing, packing C, H, W)."""
+        kit = self.kit
+        if kit.augment:
+            views = tuple(diff_augment(view, kit.augment, draws, name) for view in views)
+        noise = kit.instance_noise * max(0.0, 1 - draws.step / kit.instance_noise_steps)
+        if noise:
+            views = tuple(
+                view + noise * draws.normal(f"{name}/noise{i}", view.shape[1:]) for i, view in enumerate(views)
+            )
+        return tuple(view.reshape(-1, kit.packing * view.shape[1], *view.shape[2:]) for view in views)
+
+    def judge(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+        """Logits (B,) in full precision."""
+        with drawing(self.discriminator, draws):
+            logits = self.discriminator(*seen, labels) if self.conditional else self.discriminator(*seen)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def make(self, batch: Batch, draws: Draws) -> Fakes:
+        """New fakes, with a graph into the generator where that is trainable."""
+        labels = batch["label"] if self.conditional else None
+        with drawing(self.generator, draws):
+            z = self.latents(draws)
+            return Fakes(self.generate(z, labels), z, labels)
+
+    def given(self, batch: Batch, draws: Draws) -> Fakes:
+        """Fakes of the discriminator's phase, without a graph. The newest keep theirs for the generator's phase."""
+        self._kept = None  # first, so that two graphs never take memory at once
+        self.generator.requires_grad_(True)  # it is frozen in this phase
+        fakes = self.make(batch, draws)
+        self.generator.requires_grad_(False)
+        self._kept = draws.place, fakes
+        return replace(fakes, views=tuple(view.detach() for view in fakes.views))
+
+    def fakes(self, batch: Batch, draws: Draws) -> Fakes:
+        """Fakes of the generator's phase: those that the discriminator has just seen, else new ones."""
+        if self._kept is None or self._kept[0] != draws.place:
+            return self.make(batch, draws)
+        (_, fakes), self._kept = self._kept, None
+        return fakes
+
+    def seen(self, batch: Batch, draws: Draws) -> tuple[Views, Views, Fakes]:
+        """What the discriminator trains on: what it sees of real images and of fakes, and those fakes."""
+        given = self.given(batch, draws)
+        with torch.no_grad():
+            return self.see(self.reals(batch), draws, "real"), self.see(given.views, draws, "fake"), given
+
+    def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        reals, fakes, given = self.seen(batch, draws)
+        # In two passes: BatchNorm must not see real and fake images mixed, which would tell them apart.
+        real, fake = self.judge(reals, given.labels, draws), self.judge(fakes, given.labels, draws)
+        loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
+        scalars = self.signals(loss, real, fake)
+        for name, penalty in self.penalties(reals, fakes, given.labels, draws):
+            loss = loss + penalty
+            scalars[name] = penalty.detach()
+        return loss, scalars
+
+    def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
+        fakes = self.fakes(batch, draws)
+        loss = self.criterion.generator(self.judge(self.see(fakes.views, draws, "fake"), fakes.labels, draws))
+        return loss, {"generator_loss": loss.detach()}
+
+    def signals(self, loss: Tensor, real: Tensor, fake: Tensor) -> Scalars:
+        """What tells how the game stands. The loss is the mean of its real and its fake half: ln 2 is a guess."""
+        if not self.criterion.decides:
+            return {"critic_loss": loss.detach(), "distance": (real.mean() - fake.mean()).detach()}
+        right = (real > 0).to(loss.dtype).mean() + (fake < 0).to(loss.dtype).mean()
+        return {
+            "discriminator_loss": loss.detach() / 2,
+            "discriminator_accuracy": right / 2,
+            "real_score": real.detach().sigmoid().mean(),
+            "fake_score": fake.detach().sigmoid().mean(),
+        }
+
+    def penalties(
+        self, reals: Views, fakes: Views, labels: Tensor | None, draws: Draws
+    ) -> Iterable[tuple[str, Tensor]]:
+        kit = self.kit
+        if kit.gradient_penalty:
+            share = draws.uniform("between", (1,))[:: kit.packing, :, None, None]
+            pairs = zip(reals, fakes, strict=True)
+            between = tuple(torch.lerp(fake.to(real.dtype), real, share) for real, fake in pairs)
+            norm = self.slope(between, labels, draws).add(1e-12).sqrt()
+            yield "gradient_penalty", kit.gradient_penalty * (norm - 1).square().mean()
+        if kit.r1 and draws.step % kit.r1_every == 0:
+            yield "r1", kit.r1 / 2 * kit.r1_every * self.slope(reals, labels, draws).mean()
+
+    def slope(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+        """The squared norm (B,) of the discriminator's gradient with respect to what it sees, in full precision."""
+        with torch.autocast(seen[0].device.type, enabled=False), torch.enable_grad():
+            leaves = tuple(view.detach().to(self.dtype).requires_grad_(True) for view in seen)
+            logits = self.judge(leaves, labels, draws)
+            gradients = torch.autograd.grad(logits.sum(), leaves, create_graph=True)
+        return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.generator.parameters()).dtype
+
+    def after_step(self, step: int, means: Scalars) -> None:
+        if self.average is not None:
+            self.average.update(self.generator, step)
+
+    # Evaluation and samples.
+
+    def inference(self) -> nn.Module:
+        return self.generator if self.average is None else self.average.module
+
+    def example(self) -> tuple[Tensor, ...]:
+        draws = Draws(0, ("example",), slice(0, 2), torch.device("cpu"))
+        return (self.latents(draws), self.labels(draws)) if self.conditional else (self.latents(draws),)
+
+    def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] of the averaged generator, where there is one."""
+        network = self.inference()
+        images: Tensor = network(z, labels) if self.conditional else network(z)
+        return images.float() if images.dtype != torch.float64 else images
+
+    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
+        assert self.quality is not None, "run.py gives a generator its judge"
+        return self.quality.totals(self.images(self.latents(draws), batch["label"]), batch["id"])
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        assert self.quality is not None
+        found = self.quality.report(totals)
+        return found if self.kit.spectral_norm else {**found, "discriminator_sigma": steepest(self.discriminator)}
+
+    def labels(self, draws: Draws, label: int | None = None) -> Tensor:
+        """One class for all rows, or all classes in turn."""
+        rows = torch.arange(draws.rows.start, draws.rows.stop, device=draws.device)
+        return torch.full_like(rows, label) if label is not None else rows % len(self.data.classes)
+
+    @torch.no_grad()
+    def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor:
+        return self.images(self.latents(draws, truncation), self.labels(draws, label))
+
+    @torch.no_grad()
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
+        name = self.data.name
+        if self.data.size == 1:
+            many = self.samples(draws.of(min(2500, self.data.evaluated)))
+            real = images(range(len(many)))
+            return {"real_and_fake": Points(real.flatten(1), many.cpu().flatten(1) / 2 + 0.5, name)}
+        fakes = self.samples(draws.of(SHOWN))
+        reals = images([i * self.data.evaluated // SHOWN for i in range(SHOWN)])
+        found: dict[str, Picture] = {
+            "real_and_fake": Panels(
+                (
+                    ImageGrid(reals, columns=8, title=f"{name}: real"),
+                    ImageGrid(unit(fakes), columns=8, title="generated"),
+                )
+            ),
+            "interpolation": ImageGrid(unit(self.between(draws, 8, 10)), columns=10, title="from latent to latent"),
+        }
+        if self.conditional:
+            classes = min(len(self.data.classes), 20)
+            columns = draws.of(classes * 10)
+            wanted = torch.arange(classes, device=draws.device).repeat_interleave(10)
+            grid = self.images(self.latents(columns), wanted)
+            found["classes"] = ImageGrid(unit(grid), (), f"{name}: generated", 10, self.data.classes[:classes])
+        return found
+
+    def between(self, draws: Draws, rows: int, columns: int) -> Tensor:
+        """Images on great circles from latent to latent, a row each (White 2016)."""
+        z = self.latents(draws.of(2 * rows))
+        start, end = z[:rows], z[rows:]
+        cosine = F.cosine_similarity(start, end, dim=1).clamp(-0.9999, 0.9999)
+        angle = cosine.acos()[:, None, None]
+        t = torch.linspace(0, 1, columns, device=z.device, dtype=z.dtype)[None, :, None]
+        path = (torch.sin((1 - t) * angle) * start[:, None] + torch.sin(t * angle) * end[:, None]) / torch.sin(angle)
+        labels = torch.arange(rows, device=z.device).repeat_interleave(columns) % len(self.data.classes)
+        return self.images(path.flatten(0, 1), labels)
+
+
+@torch.no_grad()
+def steepest(network: nn.Module) -> float:
+    """The largest singular value of a weight: it grows before a discriminator without a constraint breaks down."""
+    found = [0.0]
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            rows = module.weight.flatten(1).double()
+            gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+            found.append(float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()))
+    return max(found)
+
+
+def unit(images: Tensor) -> Tensor:
+    """From [-1, 1] to [0, 1], on the CPU."""
+    return images.float().cpu() / 2 + 0.5

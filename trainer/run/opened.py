@@ -1,0 +1,103 @@
+"""Opening what a run has left: its config, what its data looked like, the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.options import RunConfig, UserError
+from ..state import load_weights
+from ..storage.checkpoint import CheckpointStore, Damaged, folder
+from ..storage.metric_log import MetricLog
+from ..storage.objects import Storage, StorageError
+from ..tracking.console import Console
+from ..tracking.tracker import Tracker
+from ..workload import Description, Mixture, Workload
+from .build import build_workload, load_config
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's checkpoint, opened."""
+
+    storage: Storage
+    step: int
+    config: RunConfig
+    data: Description
+    workload: Workload
+    digest: str  # sha256 of the weights
+
+    @property
+    def name(self) -> str:
+        return f"{self.storage}/checkpoints/{folder(self.step)}"
+
+
+def locate(url: str) -> tuple[Storage, int | None]:
+    """A run's storage, and the step where the URL names a checkpoint of it."""
+    match = re.fullmatch(r"(.*?)/?checkpoints/step-(\d+)/?", url)
+    storage = Storage(match[1] or ".") if match else Storage(url)
+    try:
+        known = storage.exists("config.yaml")
+    except StorageError as error:
+        raise UserError(str(error)) from None
+    if not known:
+        raise UserError(
+            f"{url}: no run there: give the URL of a run (it holds config.yaml) or of one of its checkpoints"
+        )
+    return storage, int(match[2]) if match else None
+
+
+def history(storage: Storage) -> Tracker:
+    """What a run has logged."""
+    tracker = Tracker(MetricLog(storage), Console(None))
+    tracker.records = [record for segment in tracker.log_.segments() for record in tracker.log_.read(segment)]
+    return tracker
+
+
+def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best: bool) -> int:
+    steps = store.steps()
+    if not steps:
+        raise UserError(f"{storage}: the run has no committed checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
+    if step is None and best:
+        try:  # which metric counts is the run's to say: a generator's depends on its judge
+            state = store.load(steps[-1], []).state
+        except Damaged as error:
+            raise UserError(
+                f"{storage}/checkpoints/{folder(steps[-1])} is damaged: {error}: choose one with --step"
+            ) from None
+        step = history(storage).best(state["headline"], state["maximise"], steps)
+    return steps[-1] if step is None else step
+
+
+def _description(storage: Storage) -> Description:
+    """The data set of a run as its networks know it, so that the data need not be at hand."""
+    try:
+        values = json.loads(storage.read("data.json"))
+        mixture = values.pop("mixture")
+        lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("classes", "mean", "std")}
+        found = Mixture(tuple(map(tuple, mixture.pop("centres"))), **mixture) if mixture else None
+        return Description(**values, **lists, mixture=found)
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{storage}/data.json cannot be read: {error}: resume the run once, which writes it") from None
+
+
+def open_run(url: str, *, step: int | None = None, best: bool = False) -> Trained:
+    """Open a checkpoint; raises UserError."""
+    storage, named = locate(url)
+    config = load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
+    data = _description(storage)
+    workload = build_workload(config, data)
+    store = CheckpointStore(storage.at("checkpoints"))
+    step = choose_step(storage, store, step if step is not None else named, best)
+    try:
+        load_weights(workload, store.load(step, ["weights"]).groups["weights"])
+        digest = store.digest(step)
+    except Damaged as error:
+        raise UserError(
+            f"{storage}/checkpoints/{folder(step)} is damaged: {error}: choose another with --step"
+        ) from None
+    return Trained(storage, step, config, data, workload, digest)

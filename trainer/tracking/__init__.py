@@ -1,0 +1,1 @@
+"""Where numbers and pictures go: console, metric log, W&B."""

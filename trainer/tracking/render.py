@@ -1,0 +1,247 @@
+"""Pictures as PNG: learning curves, confusion matrix, grids of images."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..workload import ImageGrid, Matrix, Panels, Picture, Points
+
+BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
+FIRST = (  # panels of a GAN, most telling first
+    "fid", "modes", "high_quality", "discriminator_loss", "critic_loss", "convergence", "generator_loss",
+    "discriminator_accuracy", "distance", "k", "code_generated_accuracy", "precision", "recall", "coverage",
+    "diversity",
+)  # fmt: skip
+TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the whole grid
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _short(text: str, length: int) -> str:
+    """At most so many characters; the middle goes, since names and percentages differ at their ends."""
+    return text if len(text) <= length else f"{text[: length - 6].rstrip()}…{text[-5:].lstrip()}"
+
+
+def _title(figure: Any, text: str, size: float) -> None:
+    """A title that wraps where the figure ends."""
+    characters = int(figure.get_figwidth() * 120 / size)  # of average width; 72 points are an inch
+    figure.suptitle("\n".join(textwrap.wrap(text, characters)), fontsize=size)
+
+
+def _panels(records: list[dict[str, Any]]) -> list[str]:
+    """The metrics that get a panel: what is held out first, then losses, speed and learning rate last."""
+    hidden = {"step", "kind", "epoch", "steps_per_epoch", "data_wait", "gpu_memory_bytes", "top5_accuracy"}
+    hidden |= {name for record in records for name in record if name.startswith(("fid_floor@", "fid_shuffled@"))}
+    names = list(dict.fromkeys(name for record in records for name in record if name not in hidden))
+    evaluated = {name for record in records if record["kind"] == "evaluate" for name in record}
+    last = ("lr", "samples_per_second")
+
+    def place(name: str) -> tuple[Any, ...]:
+        base = name.partition("@")[0]
+        first = FIRST.index(base) if base in FIRST else len(FIRST)
+        return (name in last, first, name not in evaluated, not name.endswith("loss"))
+
+    return sorted(names, key=place)[:12] or ["loss"]
+
+
+def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[str, tuple[float, float]] = {}) -> bytes:
+    """Every metric against the epoch; training and held-out values of one name share a panel.
+
+    `bands` are where the values of a healthy run lie.
+    """
+    names = _panels(records)
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = _figure(4.2 * columns, 2.8 * rows + 0.3)
+    _title(figure, title, 12)
+    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
+        shown: list[float] = []
+        for kind, color, label in (("train", BLUE, "training"), ("evaluate", ORANGE, "held out")):
+            points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
+            finite = [value for _, value in points if math.isfinite(value)]
+            if finite:
+                marker = "o" if kind == "evaluate" or len(finite) < 3 else None
+                axes.plot(
+                    *zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.3
+                )
+            shown += finite
+        if name in bands and shown:
+            axes.axhspan(*bands[name], color=GREEN, alpha=0.12, label="usual when stable")
+        metric, at, features = name.partition("@")
+        axes.set_title(_short(metric.replace("_", " ") + at + features, 34), fontsize=10)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name.startswith("fid@") and (floor := records[-1].get(name.replace("fid@", "fid_floor@"))):
+            axes.axhline(floor, color=GREY, linewidth=1, linestyle="--", label="real against real")
+        if (
+            (name.endswith("loss") or name.startswith("fid@"))
+            and shown
+            and min(shown) > 0
+            and max(shown) > 20 * min(shown)
+        ):
+            axes.set_yscale("log")
+        if not shown:
+            axes.text(0.5, 0.5, "no finite value", ha="center", color=GREY, transform=axes.transAxes)
+        if len(axes.lines) + len(axes.patches) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    for axes in figure.axes[len(names) :]:
+        axes.set_visible(False)
+    return _png(figure)
+
+
+def render(picture: Picture) -> bytes:
+    if isinstance(picture, Matrix):
+        return _matrix(picture)
+    if isinstance(picture, Points):
+        return _points(picture)
+    if isinstance(picture, ImageGrid) and picture.captions:
+        return _grid(picture)
+    return _panels_of_tiles(picture.grids if isinstance(picture, Panels) else (picture,))
+
+
+def _points(points: Points) -> bytes:
+    """Real points below, generated ones above."""
+    figure = _figure(5, 5.2)
+    axes = figure.subplots()
+    axes.scatter(*points.real[:, :2].numpy().T, s=5, color=GREY, alpha=0.5, linewidths=0, label="real")
+    axes.scatter(*points.generated[:, :2].numpy().T, s=5, color=ORANGE, alpha=0.6, linewidths=0, label="generated")
+    axes.set_aspect("equal")
+    if len(points.real):
+        low, high = float(points.real.min()), float(points.real.max())
+        axes.set_xlim(low - 0.15 * (high - low), high + 0.15 * (high - low))
+        axes.set_ylim(*axes.get_xlim())
+    axes.set_axis_off()
+    axes.legend(fontsize=8, frameon=False, loc="upper center", ncols=2)
+    axes.set_title(points.title, fontsize=10)
+    return _png(figure)
+
+
+def _panels_of_tiles(grids: Sequence[ImageGrid]) -> bytes:
+    """Grids of pictures edge to edge, magnified by whole numbers, side by side below their titles."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, header = 12, 24
+    tiled = [_tiled(grid) for grid in grids]
+    font = ImageFont.load_default(13)
+    named = [[_short(name, 20) for name in grid.rows] for grid in grids]
+    margins = [gap + (math.ceil(max(map(font.getlength, names))) + gap // 2 if names else 0) for names in named]
+    width = sum(image.width for image in tiled) + sum(margins) + gap
+    canvas = Image.new("RGB", (width, max(image.height for image in tiled) + header + gap), "white")
+    draw, x = ImageDraw.Draw(canvas), 0
+    for grid, image, names, margin in zip(grids, tiled, named, margins, strict=True):
+        x += margin
+        for row, name in enumerate(names):
+            draw.text((x - gap // 2, header + image.height * (row + 0.5) / len(names)), name, "black", font, "rm")
+        draw.text((x, 5), _short(grid.title, max(image.width // 7, 12)), fill="black", font=font)
+        canvas.paste(image, (x, header))
+        x += image.width
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _tiled(grid: ImageGrid) -> Any:
+    import torch
+    from PIL import Image
+
+    count, channels, height, width = grid.images.shape
+    columns = grid.columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    blank = torch.ones(rows * columns, channels, height + 1, width + 1)
+    blank[:count, :, :height, :width] = grid.images.float().nan_to_num().clamp(0, 1)
+    sheet = blank.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    pixels = (sheet[:-1, :-1].expand(-1, -1, 3) * 255).round().to(torch.uint8).numpy()
+    scale = max(1, math.ceil(TILE / height), math.ceil(SHEET / min(pixels.shape[:2])))
+    return Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
+
+
+def animation(frames: Sequence[bytes]) -> bytes:
+    """PNGs of one size as an animated GIF; the last one stays for a while."""
+    from PIL import Image
+
+    images = [Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    buffer = io.BytesIO()
+    durations = [150] * (len(images) - 1) + [2000]
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def _matrix(matrix: Matrix) -> bytes:
+    """Counts as colours, relative to their row; numbers where there is room."""
+    count = len(matrix.labels)
+    ticks = range(0, count, max(1, math.ceil(count / 25)))
+    names = [_short(matrix.labels[i], 22) for i in ticks]
+    longest = max(map(len, names))
+    side = min(max(3.0, 0.55 * count), 12) + 0.07 * longest + 0.7
+    figure = _figure(side, side)
+    axes = figure.subplots()
+    shares = matrix.values.double() / matrix.values.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root makes rare mistakes visible
+    axes.set_title(_short(matrix.title, int(11 * side)), fontsize=11)
+    axes.set_xlabel(matrix.column_axis)
+    axes.set_ylabel(matrix.row_axis)
+    axes.set_xticks(ticks, names, rotation=90 if longest > 3 else 0, fontsize=8)
+    axes.set_yticks(ticks, names, fontsize=8)
+    if count <= 20:
+        for i in range(count):
+            for j in range(count):
+                if value := int(matrix.values[i, j]):
+                    color = "white" if shares[i, j] > 0.35 else "black"
+                    size = 7 if count > 4 else 11
+                    axes.text(j, i, str(value), ha="center", va="center", fontsize=size, color=color)
+    return _png(figure)
+
+
+def _grid(grid: ImageGrid) -> bytes:
+    """Images in rows, each below its caption, magnified without smoothing."""
+    count = len(grid.images)
+    columns = min(8, math.ceil(math.sqrt(count * 1.5))) if count > 1 else 1
+    rows = math.ceil(count / columns)
+    captions = ["\n".join(_short(line, 23) for line in text.split("\n")) for text in grid.captions]
+    lines = max((text.count("\n") + 1 for text in captions), default=0)
+    figure = _figure(max(1.45 * columns, 3), (1.35 + 0.17 * lines) * rows + 0.4)
+    _title(figure, grid.title, 11)
+    for axes in (panels := figure.subplots(rows, columns, squeeze=False)).flat:
+        axes.set_axis_off()
+    for index, image in enumerate(grid.images.float().nan_to_num().clamp(0, 1)):
+        axes = panels.flat[index]
+        axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
+        if captions:
+            axes.set_title(captions[index], fontsize=7)
+    return _png(figure)
+
+
+def plain(image: Tensor) -> bytes:
+    """One image (C, H, W) in [-1, 1] as a PNG of its own size."""
+    from PIL import Image
+
+    pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy() if len(image) == 3 else pixels[..., 0].numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def from_samples(samples: Tensor, title: str) -> Picture:
+    """Generated images (N, C, H, W) in [-1, 1] as a grid; points as points."""
+    shown = samples.float().cpu() * 0.5 + 0.5
+    return (
+        Points(shown[:0].flatten(1), shown.flatten(1), title) if shown.shape[-1] == 1 else ImageGrid(shown, (), title)
+    )
