@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from trainer.distributed.runtime import StopSignals
-from trainer.engine import Cadence
+from trainer.engine import Every
 from trainer.run.directory import Directory
 from trainer.state import Groups
 from trainer.storage.checkpoint import CheckpointStore
@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {"CNN, 29k": ("cnn", {}), "FNN, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Once(Cadence):
+class Once(Every):
     """Due at one step only."""
 
     step: int = 0
@@ -68,7 +68,7 @@ class Saves:
     """An engine that saves once a block to a URL."""
 
     def __init__(self, run: Ours, url: str) -> None:
-        storage, never = Storage(url), Cadence(None)
+        storage, never = Storage(url), Every(None)
         store = CheckpointStore(storage.at("checkpoints"))
         assert isinstance(run.tracker, Tracker)
         tracker = Tracker(MetricLog(storage), run.tracker.console)
@@ -105,7 +105,7 @@ class Saves:
         try:
             cost = self.run.block(steps)
         finally:
-            engine.saver, engine.limits = silent, dataclasses.replace(engine.limits, save=Cadence(None))
+            engine.saver, engine.limits = silent, dataclasses.replace(engine.limits, save=Every(None))
             engine.save = save  # type: ignore[method-assign]
         self.store.wait()
         if failure := self.store.failure():

@@ -15,7 +15,7 @@ import yaml
 
 from trainer.config.options import RunConfig
 from trainer.data.sources import open_data
-from trainer.distributed.process import Place
+from trainer.distributed.process import ProcessInfo
 from trainer.distributed.runtime import Runtime
 from trainer.engine import Engine
 from trainer.run import build
@@ -67,7 +67,7 @@ class Ours:
         watch.last = watch.first + steps
         engine.limits = dataclasses.replace(engine.limits, total_steps=watch.last)
         # The evaluation that ends a run is no part of the loop: it counts as done.
-        engine.evaluated, engine.totals = watch.last, {"nothing": torch.zeros(())}
+        engine.last_eval_step, engine.totals = watch.last, {"nothing": torch.zeros(())}
         outcome = engine.train()
         if outcome.status != "done":
             raise KeyboardInterrupt(outcome.reason)
@@ -80,12 +80,12 @@ def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
     values = {**_ALWAYS, **settings, "workload": {"name": "classifier", **settings["workload"]},
               "data": {"name": "fashion_mnist", "root": data, **settings.get("data", {})}}  # fmt: skip
     config = build.load_config(yaml.safe_dump(values), "benchmark")
-    place = Place.from_environment()
+    process = ProcessInfo.from_environment()
     fashion = open_data(config.data, data, config.evaluate.split)
     workload = build.build_workload(config, fashion.description)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
-        Runtime(place, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
+        Runtime(process, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
     ):
         runtime.prepare(workload, config.channels_last, config.compile)
         plan = build.build_plan(config, len(fashion.train), workload, runtime.world)

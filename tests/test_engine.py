@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.data.description import Batch
 from trainer.data.plan import BatchPlan, share
 from trainer.distributed.runtime import Runtime
-from trainer.engine import Cadence, Engine, Limits, MicroBatches
+from trainer.engine import Engine, Every, Limits, MicroBatches
 from trainer.nn.dropout import Dropout, drawing
 from trainer.randomness import Draws
 from trainer.schedule import constant
 from trainer.state import Groups, TrainState
 from trainer.tracking.tracker import Silent
-from trainer.workload import Batch, Phase, Scalars, Totals, Workload
+from trainer.workload import Phase, Scalars, Totals, Workload
 
 from .workers import on_ranks
 
@@ -29,7 +30,7 @@ class ToyGan(Workload):
     """A critic with a gradient penalty and three steps, a generator with BatchNorm and dropout, a third network that
     trains on every fourth step, and a controller that follows the global mean of the critic's output."""
 
-    steering = ("real",)
+    controller_inputs = ("real",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class ToyLoader:
         rows = share(SAMPLES, self.runtime.rank, self.runtime.world)
         yield rows, {"image": self.points[rows], "id": torch.arange(SAMPLES)[rows]}
 
-    def faults(self) -> list[str]:
+    def bad_samples(self) -> list[str]:
         return []
 
     def pixels(self, ids: Iterable[int]) -> Tensor:
@@ -120,8 +121,8 @@ def make(runtime: Runtime, steps: int, accumulation: int = 1) -> tuple[Engine, K
     torch.manual_seed(0)
     workload, saver = ToyGan(), Keep()
     runtime.prepare(workload, None, False)
-    never = Cadence(None)
-    limits = Limits(steps, None, Cadence(Fraction(3)), never, never, None, never)
+    never = Every(None)
+    limits = Limits(steps, None, Every(Fraction(3)), never, never, None, never)
     loader = ToyLoader(runtime, accumulation)
     return Engine(runtime, TrainState(workload), loader, Silent(), saver, limits, constant, seed=5), saver
 
@@ -164,10 +165,10 @@ def test_an_adversarial_pair_goes_on_bit_for_bit(world: int) -> None:
 
 
 def test_an_epoch_that_is_no_whole_number_of_steps_has_its_boundaries_in_the_right_steps() -> None:
-    epoch = Cadence(Fraction(1198, 32))  # 37.4375 steps
+    epoch = Every(Fraction(1198, 32))  # 37.4375 steps
     due = [step for step in range(1, 200) if epoch.due(step)]
     assert due == [38, 75, 113, 150, 188]
-    assert not Cadence(None).due(5)
+    assert not Every(None).due(5)
     assert not epoch.due(0)
 
 

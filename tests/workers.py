@@ -16,11 +16,11 @@ from .ranks import _context, free_port
 def _call(
     work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world: int, port: int, pipe: Connection
 ) -> None:
-    from trainer.distributed.process import Place
+    from trainer.distributed.process import ProcessInfo
     from trainer.distributed.runtime import Runtime
 
     try:
-        with Runtime(Place(rank, world, rank, world, port=port), precision="fp64", threads=1) as runtime:
+        with Runtime(ProcessInfo(rank, world, rank, world, port=port), precision="fp64", threads=1) as runtime:
             _send(pipe, (True, work(runtime, *arguments)))
     except BaseException:
         _send(pipe, (False, traceback.format_exc()))

@@ -58,7 +58,7 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """A user's mistake, a line each, from the first rank only."""
     if _rank() == 0:
         for line in text.splitlines():
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["help"]:  # `help train` is `train --help`
         words = [*words[1:2], "--help"]
     if (near := _misspelt(words)) is not None:
-        complain(f"{words[0]}: neither a command nor a config file: did you mean {near!r}?")
+        print_error(f"{words[0]}: neither a command nor a config file: did you mean {near!r}?")
         return 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if command == "train":  # importing torch takes seconds, and a signal must neither kill nor be lost meanwhile
@@ -119,7 +119,7 @@ def _run(command: str, words: list[str]) -> int:
     try:
         return int(module.main(words))
     except (UserError, LaunchError, StorageError, Mismatch) as error:
-        complain(str(error))
+        print_error(str(error))
         return 2
     except RuntimeError as error:
         if "onnection" not in str(error) and "peer" not in str(error):

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .clock import Clock, Meter
+from .data.description import Batch
 from .distributed.runtime import PhaseModule, Runtime
 from .metrics.health import HEALTHY, Verdict, Watch
 from .randomness import Draws, key
 from .schedule import Schedule
 from .state import Groups, TrainState
-from .workload import Batch, Phase, Scalars, Totals, Workload
+from .workload import Phase, Scalars, Totals, Workload
 
 Metrics = dict[str, float]
 MicroBatches = Sequence[tuple[slice, Batch]]  # this rank's rows within each micro-batch of a global batch, and the data
@@ -34,7 +35,7 @@ class Loader(Protocol):
 
     def train(self, first: int) -> Iterator[MicroBatches]: ...
     def evaluate(self) -> Iterator[tuple[slice, Batch]]: ...
-    def faults(self) -> list[str]: ...  # the samples that this rank could not read
+    def bad_samples(self) -> list[str]: ...  # the samples that this rank could not read
     def pixels(self, ids: Iterable[int]) -> Tensor: ...  # held-out images in [0, 1]
 
 
@@ -56,7 +57,7 @@ class Saver(Protocol):
 
 
 @dataclass(frozen=True)
-class Cadence:
+class Every:
     """Something that is due every so many steps, which need not be whole: an epoch seldom is."""
 
     period: Fraction | None
@@ -74,15 +75,15 @@ class Limits:
 
     total_steps: int | None
     total_seconds: float | None
-    log: Cadence
-    evaluate: Cadence
-    save: Cadence
+    log: Every
+    evaluate: Every
+    save: Every
     save_seconds: float | None
-    keep: Cadence  # checkpoints to keep for ever
-    samples: Cadence = Cadence(None)
+    keep: Every  # checkpoints to keep for ever
+    samples: Every = Every(None)
     shown: int = 64  # samples
-    heed: bool = False  # whether to end training when it is not healthy
-    faults: int = 0  # bad samples that a run may meet
+    stop_when_unhealthy: bool = False  # whether to end training when it is not healthy
+    bad_samples: int = 0  # bad samples that a run may meet
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class Engine:
     limits: Limits
     schedule: Schedule
     seed: int
-    attempt: int = 0  # how often the run went back to a checkpoint; each attempt has other noise
+    rollbacks: int = 0  # how often the run went back to a checkpoint; each attempt has other noise
     clip_norm: float | None = None
-    evaluated: int = -1  # the step of the last evaluation
+    last_eval_step: int = -1  # the step of the last evaluation
     metrics: Metrics = field(default_factory=dict)  # of the last evaluation
     watch: Watch = field(default_factory=Watch)
 
@@ -119,9 +120,9 @@ class Engine:
         self.phases = [(phase, self.runtime.ddp(phase), phase.parameters) for phase in self.workload.phases]
         owned = [id(parameter) for _, _, parameters in self.phases for parameter in parameters]
         assert len(owned) == len(set(owned)), "two phases train one parameter: DDP would reduce its gradient twice"
-        self.samples_per_step = self.workload.reads * self.loader.batch_size
+        self.samples_per_step = self.workload.batches_per_step * self.loader.batch_size
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
-        self.noise = key(self.seed, "attempt", self.attempt) if self.attempt else self.seed
+        self.noise = key(self.seed, "attempt", self.rollbacks) if self.rollbacks else self.seed
         self.meter = Meter()
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.saved = -1
@@ -131,27 +132,27 @@ class Engine:
     def train(self) -> Outcome:
         """From the state's step to the end of the run, or until any rank must stop. Saves at both."""
         state, limits, runtime = self.state, self.limits, self.runtime
-        reads = self.workload.reads
-        batches = self.loader.train(state.step * reads)
+        batches_per_step = self.workload.batches_per_step
+        batches = self.loader.train(state.step * batches_per_step)
         self.saved = state.step
         clock = self.clock = Clock(state.seconds, state.step)
         self.workload.train()
         while True:
             if limits.samples.due(state.step):
                 self.sample(clock)
-            if limits.evaluate.due(state.step) and self.evaluated != state.step and not self.evaluate(clock):
+            if limits.evaluate.due(state.step) and self.last_eval_step != state.step and not self.evaluate(clock):
                 return self.leave("preempted", clock)
-            if limits.heed and self.watch.verdict.state != "healthy":
+            if limits.stop_when_unhealthy and self.watch.verdict.state != "healthy":
                 return self.leave(self.watch.verdict.state, clock)
             runtime.deadline.step()
             due = state.step % self.poll_every == 0
-            stop, save, finish, faults = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
+            stop, save, finish, bad_samples = runtime.agree(*self.flags(clock)) if due else (0, 0, 0, 0)
             if stop or finish or self.over():
                 break
-            if faults > limits.faults and self.bad_data():
+            if bad_samples > limits.bad_samples and self.bad_data():
                 return self.outcome("bad_data", clock)
             clock.start()
-            read = list(itertools.islice(batches, reads))
+            read = list(itertools.islice(batches, batches_per_step))
             clock.stop_waiting()
             self.update(read, with_norm=limits.log.due(state.step + 1))
             state.step += 1
@@ -162,7 +163,7 @@ class Engine:
             self.tracker.progress(state.step)
         if (finish or self.over()) and not limits.samples.due(state.step):
             self.sample(clock)
-        known = self.evaluated == state.step  # by a life that was ended before it could draw its pictures
+        known = self.last_eval_step == state.step  # by a life that was ended before it could draw its pictures
         if stop or (not (known and self.totals) and not self.evaluate(clock, record=not known)):
             return self.leave("preempted", clock)
         return self.outcome("bad_data", clock) if self.bad_data() else self.leave("done", clock)
@@ -174,7 +175,7 @@ class Engine:
     def update(self, batches: Sequence[MicroBatches], with_norm: bool = False) -> None:
         """One step: every phase in its turn, with only its own parameters trainable."""
         step, factor = self.state.step, self.schedule(self.state.step)
-        steering: Scalars = {}
+        controller_inputs: Scalars = {}
         for (phase, loss, parameters), rates in zip(self.phases, self.peak_rates, strict=True):
             if step % phase.every:
                 continue
@@ -187,13 +188,13 @@ class Engine:
             for turn, micro_batches in enumerate(batches[: phase.times]):
                 scope = (step, phase.name, turn)
                 for name, value in self.accumulate(loss, micro_batches, scope).items():
-                    steering[name] = steering.get(name, 0) + value / phase.times
+                    controller_inputs[name] = controller_inputs.get(name, 0) + value / phase.times
                 if self.clip_norm is not None or with_norm:
                     self.clip(phase, parameters)
                 phase.optimizer.step()
                 for parameter in parameters:  # optimizer.zero_grad() does this too, and costs 20 microseconds more
                     parameter.grad = None
-        self.workload.after_step(step, self.runtime.sum_scalars(steering))
+        self.workload.after_step(step, self.runtime.sum_scalars(controller_inputs))
 
     def accumulate(self, loss: PhaseModule, micro_batches: MicroBatches, scope: tuple[object, ...]) -> Scalars:
         """Gradients of the mean over the global batch: each share's mean, weighted by the share.
@@ -201,7 +202,7 @@ class Engine:
         Returns this rank's part of the steering scalars.
         """
         runtime, last = self.runtime, len(micro_batches) - 1
-        steering: Scalars = {}
+        controller_inputs: Scalars = {}
         for index, (rows, batch) in enumerate(micro_batches):
             draws = Draws(self.noise, (*scope, index), rows, runtime.device, runtime.dtype)
             share = (rows.stop - rows.start) / self.loader.batch_size
@@ -211,10 +212,10 @@ class Engine:
                 # DDP divides the sum over the ranks by their number; the weights make that the global mean.
                 (value if share == 1 else value * (share * runtime.world)).backward()
             self.meter.add(scalars, share, first=index == 0)
-            for name in self.workload.steering:
+            for name in self.workload.controller_inputs:
                 if name in scalars:
-                    steering[name] = steering.get(name, 0) + scalars[name] * share
-        return steering
+                    controller_inputs[name] = controller_inputs.get(name, 0) + scalars[name] * share
+        return controller_inputs
 
     def clip(self, phase: Phase, parameters: list[torch.nn.Parameter]) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -228,11 +229,14 @@ class Engine:
         limits = self.limits
         save = limits.save_seconds is not None and clock.since_save() > limits.save_seconds
         finish = limits.total_seconds is not None and clock.run_seconds() > limits.total_seconds
-        return int(bool(self.runtime.signalled)), int(save), int(finish), len(self.loader.faults())
+        return int(bool(self.runtime.signalled)), int(save), int(finish), len(self.loader.bad_samples())
 
     def bad_data(self) -> bool:
         """Whether all ranks together have met more bad samples than a run may."""
-        return len({name for found in self.runtime.gather(self.loader.faults()) for name in found}) > self.limits.faults
+        return (
+            len({name for found in self.runtime.gather(self.loader.bad_samples()) for name in found})
+            > self.limits.bad_samples
+        )
 
     def log(self, clock: Clock) -> bool:
         """Record the means since the last log; False where they are not finite."""
@@ -251,7 +255,7 @@ class Engine:
         if memory := self.runtime.memory():
             values["gpu_memory_bytes"] = memory
         self.tracker.log(step, "train", values)
-        self.look("train", means)
+        self.update_health("train", means)
         return all(map(math.isfinite, means.values()))
 
     @torch.no_grad()
@@ -282,12 +286,12 @@ class Engine:
         assert (seen == 1).all(), f"{int((seen != 1).sum())} samples were not evaluated exactly once"
         # On one rank: some metrics take long, and all ranks must come to the same conclusions from them.
         self.metrics = runtime.broadcast(self.workload.report(self.totals) if runtime.main else {})
-        self.evaluated = step
+        self.last_eval_step = step
         clock.stop_elsewhere()
         if record:
             epoch = step * self.samples_per_step / self.loader.epoch_samples
             self.tracker.log(step, "evaluate", {"epoch": epoch, **self.metrics})
-            self.look("evaluate", self.metrics)
+            self.update_health("evaluate", self.metrics)
         return True
 
     @torch.no_grad()
@@ -307,10 +311,10 @@ class Engine:
         runtime = self.runtime
         return Draws(self.seed, ("samples",), slice(0, self.limits.shown), runtime.device, runtime.dtype)
 
-    def look(self, kind: str, values: Metrics) -> None:
+    def update_health(self, kind: str, values: Metrics) -> None:
         """Tell when the watch changes its mind; the same on every rank, since they see the same numbers."""
         before = self.watch.verdict
-        if (verdict := self.watch.see(self.state.step, kind, values)) != before:
+        if (verdict := self.watch.observe(self.state.step, kind, values)) != before:
             self.tracker.health(verdict)
 
     def save(self, clock: Clock) -> bool:

@@ -77,7 +77,7 @@ class Draws:
         return self.scope[0] if isinstance(self.scope[0], int) else 0
 
     @property
-    def place(self) -> tuple[object, object]:
+    def index(self) -> tuple[object, object]:
         """The step and the micro-batch, which phases have in common."""
         return self.scope[0], self.scope[-1]
 

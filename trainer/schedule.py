@@ -12,7 +12,7 @@ def constant(step: int) -> float:
     return 1.0
 
 
-def stairs(every: int, gamma: float) -> Schedule:
+def step_decay(every: int, gamma: float) -> Schedule:
     """Multiply by gamma every so many steps."""
     return lambda step: gamma ** (step // every)
 
@@ -33,7 +33,7 @@ def build(name: str, total: int, warmup: int, every: int, gamma: float, final: f
         warmup = warmup or round(0.3 * total)
     shapes = {
         "constant": constant,
-        "step": stairs(every, gamma),
+        "step": step_decay(every, gamma),
         "cosine": cosine(total - warmup, final),
         "one_cycle": cosine(total - warmup, final),
     }

@@ -14,39 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .data.description import Batch, Description
+from .figures import Figure
 from .randomness import Draws
 
-Batch = Mapping[str, Tensor]  # "image" (B, C, H, W) float, normalised or in [-1, 1]; "label" and "id" (B,) int64
 Scalars = dict[str, Tensor]  # 0-d, detached; stays on the device until it is logged
 Totals = dict[str, Tensor]  # sums and counts: may be added over batches and over ranks
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Points in the plane around known centres: what tells how many modes a generator has found."""
-
-    centres: tuple[tuple[float, float], ...]
-    deviation: float
-
-
-@dataclass(frozen=True)
-class Description:
-    """A data set as networks need to know it."""
-
-    name: str
-    channels: int
-    size: int  # height and width in pixels
-    classes: tuple[str, ...]  # names in the order of the labels
-    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
-    std: tuple[float, ...]
-    training: int  # samples to train on
-    evaluated: int  # samples of the split that is evaluated; their ids are 0..evaluated-1
-    photographs: bool = False  # of many sizes, which are cropped
-    mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.channels, self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -62,47 +35,6 @@ class Phase:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-@dataclass(frozen=True)
-class ImageGrid:
-    """Pictures, with a caption each or edge to edge. `images` are (N, C, H, W) in [0, 1]."""
-
-    images: Tensor
-    captions: tuple[str, ...] = ()
-    title: str = ""
-    columns: int | None = None
-    rows: tuple[str, ...] = ()  # names of the rows of pictures that are edge to edge
-
-
-@dataclass(frozen=True)
-class Panels:
-    """Grids beside each other."""
-
-    grids: tuple[ImageGrid, ...]
-
-
-@dataclass(frozen=True)
-class Points:
-    """Real and generated points in the plane, each (N, 2) in [0, 1]."""
-
-    real: Tensor
-    generated: Tensor
-    title: str
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A table of counts, (rows, columns)."""
-
-    values: Tensor
-    labels: tuple[str, ...]
-    title: str
-    row_axis: str
-    column_axis: str
-
-
-Picture = ImageGrid | Panels | Points | Matrix
 
 
 class Quality(Protocol):
@@ -124,7 +56,7 @@ class Workload(nn.Module):
 
     data: Description
     phases: tuple[Phase, ...]
-    steering: tuple[str, ...] = ()  # scalars that after_step needs as means over the global batch, every step
+    controller_inputs: tuple[str, ...] = ()  # scalars that after_step needs as means over the global batch, every step
     group: int = 1  # consecutive rows that must stay on one rank: mixup pairs, packing, minibatch deviation
     whole_groups: bool = False  # whether the batch must be a multiple of that
     channels_last: bool = False  # whether this memory format makes the networks faster
@@ -136,7 +68,7 @@ class Workload(nn.Module):
     maximise: bool = False  # whether a larger headline is better
 
     @property
-    def reads(self) -> int:
+    def batches_per_step(self) -> int:
         """How many global batches a step takes: as many as the phase with the most updates."""
         return max(phase.times for phase in self.phases)
 
@@ -151,7 +83,7 @@ class Workload(nn.Module):
         """Metrics of the whole set from its totals, which are float64 and on the CPU."""
         raise NotImplementedError
 
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         """What to show after the last evaluation; `images(ids)` gives samples of the evaluated split in [0, 1]."""
         return {}
 

@@ -246,7 +246,7 @@ def test_a_bad_image_is_replaced_by_the_next_and_counted_once(bad: tuple[str, st
     root, path = bad
     loader = make(root, name="folder", size=8, batch_size=9, workers=workers, resized_crop=False, bad_images=1)
     batches = joined([loader], 0, 5)  # five epochs: it is met five times
-    assert len(loader.faults()) == 1
+    assert len(loader.bad_samples()) == 1
     assert next(iter(loader.problems)).startswith(f"{path}: ")
     for batch in batches:
         images = dict(zip(batch["id"].tolist(), batch["image"], strict=True))
@@ -335,7 +335,7 @@ def test_forked_workers_read_storage_that_their_parent_has_used(
     assert parent.pixels([0, 1]).shape == (2, 3, 8, 8)
     assert sum(len(batch["id"]) for _, batch in parent.evaluate()) == parent.evaluation_samples
     assert_same(train(**settings), alone)
-    assert parent.faults() == []
+    assert parent.bad_samples() == []
 
 
 def test_forked_workers_read_databases_that_their_parent_has_used(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_forked_workers_read_databases_that_their_parent_has_used(tmp_path: Path
     assert parent.pixels([0]).shape == (1, 3, 8, 8)
     assert_same(joined([parent], 0, 4), alone)
     assert sum(len(batch["id"]) for _, batch in parent.evaluate()) == 8
-    assert parent.faults() == []
+    assert parent.bad_samples() == []
 
 
 def test_a_network_that_fails_in_a_worker_is_one_line_for_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

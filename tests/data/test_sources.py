@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image
 
 from trainer.config.options import DataOptions, UserError
-from trainer.data.dataset import DataSet, Memory, spread
+from trainer.data.dataset import DataSet, Memory, subsample
 from trainer.data.sources import open_data
 from trainer.data.stored import BadSample, Files, decode
 
@@ -81,7 +81,7 @@ def test_digits_are_split_two_to_one_and_fill_the_range_of_a_byte() -> None:
     assert (data.train.images.min(), data.train.images.max()) == (0, 255)
     assert data.split == "test"
     assert data.description.classes == tuple("0123456789")
-    assert (data.description.training, data.description.evaluated) == (1198, 599)
+    assert (data.description.train_size, data.description.eval_size) == (1198, 599)
     every = torch.cat([data.train.images, data.held_out.images]).double() / 255
     assert data.description.mean == pytest.approx([float(every.mean())], abs=1e-3)
     assert data.description.std == pytest.approx([float(every.std())], abs=1e-3)
@@ -534,7 +534,7 @@ def test_imagenet_is_a_folder_per_class(tmp_path: Path) -> None:
     data = open_data(options("imagenet"), str(tmp_path), "auto")
     assert (data.description.classes, data.split) == (("n01440764", "n01443537"), "val")
     assert (len(data.train), len(data.held_out), data.description.size) == (4, 2, 224)
-    assert data.description.photographs
+    assert data.description.variable_size
 
 
 def test_what_imagenet_needs_is_named(tmp_path: Path) -> None:
@@ -551,13 +551,13 @@ def test_what_imagenet_needs_is_named(tmp_path: Path) -> None:
 def test_a_part_of_a_split_is_spread_over_it(tmp_path: Path) -> None:
     """Image folders are sorted by class: their first samples would all be of one."""
     whole = open_data(DataOptions(name="folder"), disk.folder(str(tmp_path), {"train": 1, "val": 5}), "auto")
-    part = spread(whole, 4)
+    part = subsample(whole, 4)
     assert part.held_out.labels.tolist() == [0, 0, 1, 1]
-    assert (part.description.evaluated, len(part.train)) == (4, 2)
+    assert (part.description.eval_size, len(part.train)) == (4, 2)
     stored, some = cast(Any, whole.held_out), cast(Any, part.held_out)
     assert [some.name(i) for i in range(4)] == [stored.name(i) for i in (0, 2, 5, 7)]
     assert some.fetch([3, 1]) == stored.fetch([7, 2])
     digits = open_data(DataOptions(name="digits"), "", "auto")
-    few = cast(Any, spread(digits, 3).held_out)
+    few = cast(Any, subsample(digits, 3).held_out)
     assert few.images.equal(cast(Any, digits.held_out).images[[0, 199, 399]])
-    assert spread(digits, 10_000).description.evaluated == 599
+    assert subsample(digits, 10_000).description.eval_size == 599

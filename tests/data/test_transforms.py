@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.config.options import DataOptions
+from trainer.data.description import Description
 from trainer.data.transforms import Augment, Crop, apply_policy
 from trainer.randomness import uniforms
-from trainer.workload import Description
 
 from ..pictures_on_disk import picture
 
@@ -126,8 +126,8 @@ def test_the_memory_format_is_the_one_asked_for_and_changes_no_value(options: Da
 def test_nothing_is_augmented_in_evaluation() -> None:
     images, ids, _ = batch()
     options = DataOptions(pad_crop=2, flip=True, erase=1.0)
-    evaluated = augment(options, train=False)
-    assert evaluated(images, ids, None).equal(evaluated.normalise(images))
+    eval_size = augment(options, train=False)
+    assert eval_size(images, ids, None).equal(eval_size.normalise(images))
 
 
 def test_an_augmented_image_depends_on_seed_sample_and_visit_and_on_nothing_else() -> None:
@@ -146,7 +146,7 @@ def test_an_augmented_image_depends_on_seed_sample_and_visit_and_on_nothing_else
 
 def crop(size: int, train: bool, resized_crop: bool | None = None, policy: str = "none", seed: int = SEED) -> Crop:
     options = DataOptions(resized_crop=resized_crop, policy=policy)  # type: ignore[arg-type]
-    return Crop(options, size, seed, train, photographs=True)
+    return Crop(options, size, seed, train, variable_size=True)
 
 
 def test_the_centre_crop_of_a_small_size_is_the_whole_middle_square() -> None:

@@ -40,7 +40,7 @@ def test_the_ranks_of_a_life_agree_and_those_of_another_do_not(seed: int) -> Non
             store = dist.TCPStore("127.0.0.1", server.port, is_master=False)  # type: ignore[attr-defined]
             seconds = SECONDS if dead is None else datetime.timedelta(seconds=0.5)
             try:
-                found[rank] = elastic.agree_on_life(store, rank, world, seconds)
+                found[rank] = elastic.agree_on_attempt(store, rank, world, seconds)
             except (TimeoutError, dist.DistError):
                 return
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.distributed.process import LaunchError, Place, first_host, threads_per_rank
+from trainer.distributed.process import LaunchError, ProcessInfo, first_host, threads_per_rank
 
 from ..ranks import free_port, run
 from ..results import final_tensors, largest_difference, outcome, records
@@ -106,18 +106,18 @@ def test_the_place_of_a_process_is_read_from_its_launcher() -> None:
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node1",
                 "MASTER_PORT": "1234", "TORCHELASTIC_RESTART_COUNT": "2",
                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
-    assert Place.from_environment(torchrun) == Place(5, 8, 1, 4, "node1", 1234, "2", True)
+    assert ProcessInfo.from_environment(torchrun) == ProcessInfo(5, 8, 1, 4, "node1", 1234, "2", True)
     slurm = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2",
              "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "20001"}  # fmt: skip
-    assert Place.from_environment(slurm) == Place(3, 8, 3, 4, "gpu07", 20001, "20001.0.1")
-    assert Place.from_environment({}) == Place()
+    assert ProcessInfo.from_environment(slurm) == ProcessInfo(3, 8, 3, 4, "gpu07", 20001, "20001.0.1")
+    assert ProcessInfo.from_environment({}) == ProcessInfo()
     in_a_batch_script = {"SLURM_PROCID": "0", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}
-    assert Place.from_environment(in_a_batch_script) == Place()
+    assert ProcessInfo.from_environment(in_a_batch_script) == ProcessInfo()
 
 
 def test_an_incomplete_environment_of_a_launcher_is_named() -> None:
     with pytest.raises(LaunchError, match="incomplete"):
-        Place.from_environment({"RANK": "one", "WORLD_SIZE": "2"})
+        ProcessInfo.from_environment({"RANK": "one", "WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 def test_threads_are_cores_over_ranks_unless_somebody_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.distributed.process.cores", lambda: 8)
-    assert threads_per_rank(Place(), None, {}) == 8
-    assert threads_per_rank(Place(world=4, local_world=4), None, {}) == 2
-    assert threads_per_rank(Place(world=4, local_world=4), None, {"OMP_NUM_THREADS": "3"}) == 3
+    assert threads_per_rank(ProcessInfo(), None, {}) == 8
+    assert threads_per_rank(ProcessInfo(world=4, local_world=4), None, {}) == 2
+    assert threads_per_rank(ProcessInfo(world=4, local_world=4), None, {"OMP_NUM_THREADS": "3"}) == 3
     # torchrun sets 1 where nobody said anything
-    assert threads_per_rank(Place(world=4, local_world=4, agent=True), None, {"OMP_NUM_THREADS": "1"}) == 2
-    assert threads_per_rank(Place(world=4, local_world=4, agent=True), 1, {"OMP_NUM_THREADS": "1"}) == 1
+    assert threads_per_rank(ProcessInfo(world=4, local_world=4, agent=True), None, {"OMP_NUM_THREADS": "1"}) == 2
+    assert threads_per_rank(ProcessInfo(world=4, local_world=4, agent=True), 1, {"OMP_NUM_THREADS": "1"}) == 1

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.options import OptimizerOptions
+from trainer.data.description import Description
 from trainer.gan.adversarial import CRITERIA
 from trainer.metrics.health import STATES, Rules, Verdict, Watch
-from trainer.workload import Description
 from trainer.workloads import gan
 
 Record = tuple[int, str, dict[str, float]]
@@ -51,7 +51,7 @@ def trained(count: int, **values: float) -> list[Record]:
 
 def verdicts(records: list[Record], watch: Watch | None = None) -> list[Verdict]:
     watch = watch or Watch()
-    return [watch.see(*record) for record in records]
+    return [watch.observe(*record) for record in records]
 
 
 def states(records: list[Record]) -> list[str]:
@@ -152,7 +152,7 @@ def test_a_value_that_is_not_finite_counts_at_once_and_for_good() -> None:
     for value in (math.nan, math.inf, -math.inf):
         for kind in ("train", "evaluate"):
             watch = Watch()
-            assert watch.see(7, kind, {"anything": value, "fine": 1.0}).state == "non_finite"
+            assert watch.observe(7, kind, {"anything": value, "fine": 1.0}).state == "non_finite"
             assert watch.verdict == Verdict("non_finite", 7, "anything is not finite")
             verdicts(HEALTHY["dcgan"], watch)
             assert watch.verdict == Verdict("non_finite", 7, "anything is not finite")
@@ -160,7 +160,9 @@ def test_a_value_that_is_not_finite_counts_at_once_and_for_good() -> None:
 
 def test_a_null_of_the_metric_log_is_a_value_that_was_not_finite() -> None:
     live, replayed = Watch(), Watch()
-    assert live.see(7, "train", {"a": math.nan, "b": math.inf}) == replayed.see(7, "train", {"a": None, "b": None})
+    assert live.observe(7, "train", {"a": math.nan, "b": math.inf}) == replayed.observe(
+        7, "train", {"a": None, "b": None}
+    )
     assert live.verdict.reason == "a is not finite, nor are 1 others"
 
 
@@ -398,6 +400,6 @@ def test_a_resumed_run_comes_to_the_same_verdicts(
     records = [(step, kind, values) for step, (kind, values) in enumerate(rows)]
     whole = verdicts(records)
     resumed = Watch()
-    replayed = [resumed.see(*through_the_log(record)) for record in records[:cut]]
+    replayed = [resumed.observe(*through_the_log(record)) for record in records[:cut]]
     assert replayed + verdicts(records[cut:], resumed) == whole
     assert all(verdict.state in STATES and len(verdict.reason) <= 160 for verdict in whole)

@@ -21,7 +21,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from trainer.config.options import RunConfig
 from trainer.data.dataset import DataSet
-from trainer.distributed.process import Place
+from trainer.data.description import Description, Mixture
+from trainer.distributed.process import ProcessInfo
 from trainer.distributed.runtime import Runtime
 from trainer.engine import Engine
 from trainer.metrics import modes
@@ -34,7 +35,7 @@ from trainer.run.opened import open_run
 from trainer.schedule import constant
 from trainer.state import TrainState
 from trainer.tracking.tracker import Silent
-from trainer.workload import Description, Mixture, Workload
+from trainer.workload import Workload
 
 from ..ranks import run
 from ..results import records
@@ -56,7 +57,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[Runtime]:
-    with Runtime(Place(), precision="fp64", threads=1) as runtime:
+    with Runtime(ProcessInfo(), precision="fp64", threads=1) as runtime:
         yield runtime
 
 
@@ -174,7 +175,7 @@ def good(runtime: Runtime) -> tuple[Engine, DataSet]:
     return engine, data
 
 
-def evaluated(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> tuple[dict[str, float], Judge]:
+def eval_size(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> tuple[dict[str, float], Judge]:
     engine, data = good
     judge = engine.workload.quality = open_judge(configure({"features": features}), data.description)
     judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
@@ -185,7 +186,7 @@ def evaluated(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> 
 def test_scores_in_pixels_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet]
 ) -> None:
-    found, _ = evaluated(runtime, good, "pixels")
+    found, _ = eval_size(runtime, good, "pixels")
     real, fake = (images.flatten(1) * 2 - 1 for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT)))
     assert real.shape == fake.shape == (COUNT, 64)
     expected = {**library_scores(real, fake), **neighbour_scores(real, fake)}
@@ -197,7 +198,7 @@ def test_scores_in_pixels_are_those_of_the_library_over_all_images(
 def test_scores_in_the_features_of_a_classifier_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet], classifier: str
 ) -> None:
-    found, judge = evaluated(runtime, good, classifier)
+    found, judge = eval_size(runtime, good, classifier)
     (real, reals), (fake, fakes) = (
         seen_by(classifier, images) for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT))
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.storage.checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, Groups, folder
+from trainer.storage.checkpoint import MANIFEST, QUARANTINED, CheckpointStore, CorruptCheckpoint, Groups, folder
 from trainer.storage.objects import Storage, StorageError
 
 from .test_storage import endpoint, forget_s3, use_s3
@@ -137,7 +137,7 @@ def test_some_groups_are_loaded_without_reading_the_others(local: Recorder) -> N
     loaded = store.load(1, ["weights"])
     assert set(loaded.groups) == {"weights"}
     assert loaded.state == state_of(1)
-    with pytest.raises(Damaged, match=r"^optimizer\.safetensors is missing$"):
+    with pytest.raises(CorruptCheckpoint, match=r"^optimizer\.safetensors is missing$"):
         store.load(1)
 
 
@@ -308,8 +308,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_loaded(
     assert (found.step, found.state) == (1, state_of(1))
     assert lines == [f"checkpoint step-00000002 is damaged ({problem}): set aside, taking the one before"]
     assert store.steps() == [1]
-    assert set(storage.list(folder(2))) == before - {MANIFEST} | {DAMAGED}
-    assert json.loads(storage.read(f"{folder(2)}/{DAMAGED}")) == {"step": 2, "reason": problem}
+    assert set(storage.list(folder(2))) == before - {MANIFEST} | {QUARANTINED}
+    assert json.loads(storage.read(f"{folder(2)}/{QUARANTINED}")) == {"step": 2, "reason": problem}
 
     assert store.newest(pytest.fail) is not None  # said once
     save(store, 2)  # the run comes by again
@@ -359,7 +359,7 @@ def test_any_flipped_byte_is_seen(local: Recorder) -> None:
             spoiled[position] ^= 1 << position % 8
             local.spoil = lambda n, data, name=name, spoiled=spoiled: bytes(spoiled) if n.endswith(name) else data
             assert store.verify(1) == [f"{name} has other content than was written (sha256 differs)"]
-            with pytest.raises(Damaged, match=f"^{name} has other content"):
+            with pytest.raises(CorruptCheckpoint, match=f"^{name} has other content"):
                 store.load(1)
 
 
@@ -380,7 +380,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(storage: Recorder) -> Non
     damage(storage, "weights.safetensors", "deleted")
     lines: list[str] = []
     for _ in range(2):  # the second time there is nothing committed any more, and yet there was
-        with pytest.raises(Damaged) as caught:
+        with pytest.raises(CorruptCheckpoint) as caught:
             store.newest(lines.append)
         assert str(caught.value) == f"no sound checkpoint is left in {storage}: 2 set aside as damaged"
     assert [line.split(" (")[0] for line in lines] == [
@@ -465,7 +465,7 @@ def test_prune_sweeps_what_was_killed_but_not_what_was_set_aside_or_may_be_in_fl
     local.write(f"{folder(3)}/weights.safetensors", b"of a killed save")
     local.write(f"{folder(5)}/weights.safetensors", b"of a save in flight")
     damage(local, "state.json", "flipped")
-    store.set_aside(2, "state.json")
+    store.quarantine(2, "state.json")
     assert store.prune(1) == []
     assert store.folders() == [2, 4, 5]
     assert store.steps() == [4]

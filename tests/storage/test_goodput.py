@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.storage.goodput import Life, account
+from trainer.storage.goodput import Attempt, account
 from trainer.storage.objects import Storage
 
 from ..ranks import run, start, wait_for
 from ..results import outcome, records
 
-FIRST = Life(job="7.0", submitted=0, started=100, process=105, training=120, heard=230, step=50, before=0, seconds=100,
-             checkpoint=3, evaluate=7, status="preempted")  # fmt: skip
+FIRST = Attempt(job="7.0", submitted=0, started=100, process=105, training=120, heard=230, step=50, before=0,
+                seconds=100, checkpoint=3, evaluate=7, status="preempted")  # fmt: skip
 
 
 def test_an_undisturbed_run() -> None:
@@ -27,7 +27,9 @@ def test_an_undisturbed_run() -> None:
 
 
 def test_what_a_killed_life_had_not_saved_is_replay() -> None:
-    second = Life(job="7.1", started=300, process=301, training=310, heard=410, before=60, seconds=160, status="done")
+    second = Attempt(
+        job="7.1", started=300, process=301, training=310, heard=410, before=60, seconds=160, status="done"
+    )
     result = account([FIRST, second])
     assert result.replay == 40
     assert result.queue == 100 + 70
@@ -38,14 +40,14 @@ def test_what_a_killed_life_had_not_saved_is_replay() -> None:
 
 
 def test_a_restart_within_one_job_is_no_time_in_the_queue() -> None:
-    again = Life(job="7.0", started=100, process=240, training=250, heard=270, before=100, seconds=120)
+    again = Attempt(job="7.0", started=100, process=240, training=250, heard=270, before=100, seconds=120)
     result = account([FIRST, again])
     assert result.queue == 100
     assert result.restart == 30 + 10 + 10
 
 
 def test_clocks_that_differ_make_no_part_negative() -> None:
-    early = Life(job="8.0", started=200, process=190, training=195, heard=205, before=100, seconds=110)
+    early = Attempt(job="8.0", started=200, process=190, training=195, heard=205, before=100, seconds=110)
     result = account([FIRST, early])
     assert min(result.queue, result.restart, result.replay, result.training) >= 0
 
@@ -72,7 +74,7 @@ def test_the_lives_of_a_run_are_counted_over_kills(tmp_path: Path) -> None:
     ranks.wait()
     text = run(SETTINGS, tmp_path)
     lives = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "lives").iterdir())]
-    assert [life["status"] for life in lives] == ["", "done"]
+    assert [attempt["status"] for attempt in lives] == ["", "done"]
     assert lives[1]["first_step"] in (100, 200)
     found = outcome(tmp_path / "run")["goodput"]
     assert found["lives"] == 2

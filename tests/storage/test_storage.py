@@ -361,8 +361,8 @@ def test_an_endless_trouble_ends_at_the_deadline(flaky: Storage) -> None:
 
 def test_the_deadline_of_a_write_grows_with_its_size() -> None:
     storage = Storage("memory://x/run", deadline=60)
-    assert storage.patience(0) == 60
-    assert storage.patience(2 * 10**9) == 1060
+    assert storage.timeout_for(0) == 60
+    assert storage.timeout_for(2 * 10**9) == 1060
 
 
 # trouble that stays

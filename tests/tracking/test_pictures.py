@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer.figures import ImageGrid, Matrix
 from trainer.tracking.render import from_samples, learning_curves, render
-from trainer.workload import ImageGrid, Matrix
 
 LONG_NAME = "great white shark, white shark, man-eater, Carcharodon carcharias"
 

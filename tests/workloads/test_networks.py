@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.options import OptimizerOptions
+from trainer.data.description import Description
 from trainer.data.plan import BatchPlan
 from trainer.nn.dropout import Dropout, drawing
 from trainer.randomness import Draws
-from trainer.workload import Description
 from trainer.workloads.classifier import ADAPTED, OWN, Classifier, Options, build
 
 BORROWED = ("mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "googlenet", "swin_t", "squeezenet1_1")

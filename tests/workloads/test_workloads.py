@@ -164,7 +164,7 @@ def test_the_generator_is_judged_by_the_fakes_that_the_discriminator_has_just_se
     workload.generate = generated  # type: ignore[method-assign]
     workload.given = lambda batch, draws: noted(given, give(batch, draws))  # type: ignore[method-assign]
     workload.fakes = lambda batch, draws: noted(taken, take(batch, draws))  # type: ignore[method-assign]
-    engine.update(list(islice(engine.loader.train(0), workload.reads)))
+    engine.update(list(islice(engine.loader.train(0), workload.batches_per_step)))
 
     micro_batches = engine.loader.plan.accumulation  # type: ignore[attr-defined]
     assert len(given) == micro_batches * workload.phases[0].times
@@ -251,10 +251,10 @@ def _runtime() -> Runtime:
     """A world of one in this process."""
     import torch.distributed as dist
 
-    from trainer.distributed.process import Place
+    from trainer.distributed.process import ProcessInfo
 
     if not _kept or not dist.is_initialized():
-        _kept[:] = [Runtime(Place(), precision="fp64", threads=1)]
+        _kept[:] = [Runtime(ProcessInfo(), precision="fp64", threads=1)]
     return _kept[0]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..config.options import UserError
 from ..run.opened import history, locate
-from ..storage.checkpoint import DAMAGED, MANIFEST, CheckpointStore, Damaged, folder
+from ..storage.checkpoint import MANIFEST, QUARANTINED, CheckpointStore, CorruptCheckpoint, folder
 from .common import Parser, say
 
 
@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> int:
         if steps:
             try:
                 state = store.load(steps[-1], []).state
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 raise UserError(f"{folder(steps[-1])} is damaged, so nothing was deleted: {error}") from None
             best = history(storage).best(state["headline"], state["maximise"], steps)
         deleted = store.prune(options.keep, lambda saved: saved == best)
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
         if options.action == "list":
             committed = MANIFEST in names
             size = f"{store.size(here) / 2**20:.1f} MiB" if committed else ""
-            status = "committed" if committed else "set aside" if DAMAGED in names else "unfinished"
+            status = "committed" if committed else "set aside" if QUARANTINED in names else "unfinished"
             say(f"{folder(here)}  {status}  {size}".rstrip())
             continue
         problems = store.verify(here)

@@ -93,7 +93,7 @@ class _Doctor:
         self.data = open_run_data(self.config)
         d = self.data.description
         return (
-            f"{d.name}: {d.training:,} samples, {d.evaluated:,} held out ({self.data.split}), "
+            f"{d.name}: {d.train_size:,} samples, {d.eval_size:,} held out ({self.data.split}), "
             f"{len(d.classes)} classes, {d.channels}x{d.size}x{d.size}"
         )
 

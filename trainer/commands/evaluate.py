@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..distributed.process import Place
+from ..distributed.process import ProcessInfo
 from ..distributed.runtime import Runtime
 from ..engine import Engine
 from ..run import build
@@ -36,8 +36,8 @@ def main(words: Sequence[str]) -> int:
     workload.data = data.description  # the networks stay as they are, but this split may have another size
     judge = open_judge(config, data.description) if workload.generates else None
     workload.quality = judge
-    place = Place.from_environment()
-    with Runtime(place, device=options.device, precision=config.precision, threads=config.threads) as runtime:
+    process = ProcessInfo.from_environment()
+    with Runtime(process, device=options.device, precision=config.precision, threads=config.threads) as runtime:
         runtime.prepare(workload, config.channels_last, False)
         plan = build.build_plan(config, len(data.train), workload, 1)
         loader = build.build_loader(config, data, workload, plan, runtime)

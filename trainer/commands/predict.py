@@ -39,7 +39,7 @@ def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> 
     """(N, classes) float32 for image files, prepared as the held-out data is."""
     data = trained.data
     plain = DataOptions(name=trained.config.data.name)
-    crop = Crop(plain, data.size, 0, train=False, photographs=data.photographs)
+    crop = Crop(plain, data.size, 0, train=False, variable_size=data.variable_size)
     normalise = Augment(plain, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
     network = trained.workload.eval().inference().eval()
     found = []
@@ -72,8 +72,8 @@ def main(words: Sequence[str]) -> int:
     best = _probabilities(trained, paths, options.batch_size).topk(min(options.top, len(names)))
     table = Table(box=None, pad_edge=False)
     table.add_column("image", overflow="fold")
-    for place in range(best.values.shape[1]):
-        table.add_column("label" if place == 0 else f"{place + 1}.", no_wrap=True)
+    for position in range(best.values.shape[1]):
+        table.add_column("label" if position == 0 else f"{position + 1}.", no_wrap=True)
     for path, values, classes in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
         labels = [(names[c], round(v, 6)) for c, v in zip(classes, values, strict=True)]
         if options.json:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.options import DataOptions, UserError
-from ..workload import Description
+from .description import Description
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class DataSet:
     split: str  # which split is held out
 
 
-def spread(data: DataSet, count: int) -> DataSet:
+def subsample(data: DataSet, count: int) -> DataSet:
     """The data set with so many held-out samples, evenly spread, since many sets are sorted by class."""
     whole = data.held_out
     count = min(count, len(whole))
     ids = torch.arange(count) * len(whole) // count
     part = Memory(whole.images[ids], whole.labels[ids]) if isinstance(whole, Memory) else Part(whole, ids)
-    return replace(data, held_out=part, description=replace(data.description, evaluated=count))
+    return replace(data, held_out=part, description=replace(data.description, eval_size=count))
 
 
 def describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],

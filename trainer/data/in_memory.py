@@ -17,8 +17,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ..config.options import DataOptions, UserError
-from ..workload import Mixture
 from .dataset import DataSet, Memory, Stored, choose_split, describe, local_root, reason_of
+from .description import Mixture
 
 
 def _data_set(options: DataOptions, split: str, splits: Mapping[str, Memory], classes: Sequence[str],

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config.options import DataOptions, UserError
-from ..workload import Batch
 from .dataset import DataSet, Encoded, Memory, Stored
+from .description import Batch
 from .plan import BatchPlan, share
 from .stored import BadSample, decode
 from .transforms import Augment, Crop, apply_policy
@@ -128,10 +128,10 @@ class BatchLoader:
         self.data, self.plan, self.options = data, plan, options
         self.rank, self.world, self.device = rank, world, device
         self.batch_size, self.epoch_samples = plan.batch_size, plan.size
-        self.evaluation_samples, self.evaluation_batch = data.description.evaluated, evaluation_batch
+        self.evaluation_samples, self.evaluation_batch = data.description.eval_size, evaluation_batch
         size, seed = data.description.size, plan.seed
         description = replace(data.description, mean=HALF, std=HALF) if symmetric else data.description
-        crops = [Crop(options, size, seed, train, data.description.photographs) for train in (True, False)]
+        crops = [Crop(options, size, seed, train, data.description.variable_size) for train in (True, False)]
         self.readers = [Reader(data.train, crops[0]), Reader(data.held_out, crops[1])]
         self.augments = [
             Augment(options, description, seed, train, device, dtype, channels_last) for train in (True, False)
@@ -170,7 +170,7 @@ class BatchLoader:
             f"{first}: repair or remove them, or raise data.bad_images"
         )
 
-    def faults(self) -> list[str]:
+    def bad_samples(self) -> list[str]:
         return list(self.problems)
 
     def _stream(self, reader: Reader, batches: Iterable[list[Sample]]) -> Iterator[Read]:

@@ -57,7 +57,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fs, str(path).rstrip("/")
 
 
-Place = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
+Location = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
 PAUSES = (0.5, 2.0, 8.0)  # seconds between attempts to read from a network, on top of what the backend tries itself
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # no attempt would change these
 
@@ -65,20 +65,24 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 class Files:
     """Images in files of any fsspec URL, or in byte ranges of files."""
 
-    def __init__(self, url: str, places: Sequence[Place], labels: Sequence[int], channels: int) -> None:
-        self.url, self.places, self.channels = url, list(places), channels
+    def __init__(self, url: str, locations: Sequence[Location], labels: Sequence[int], channels: int) -> None:
+        self.url, self.locations, self.channels = url, list(locations), channels
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def name(self, index: int) -> str:
-        path, start, _ = self.places[index]
+        path, start, _ = self.locations[index]
         return path if start is None else f"{path} at byte {start}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded]:
-        places = [self.places[index] for index in indices]
-        return _read_remote(self.url, places) if "://" in self.url else [_read_local(*place) for place in places]
+        locations = [self.locations[index] for index in indices]
+        return (
+            _read_remote(self.url, locations)
+            if "://" in self.url
+            else [_read_local(*location) for location in locations]
+        )
 
 
 def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
@@ -90,23 +94,23 @@ def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
         return error
 
 
-def _read_remote(url: str, places: Sequence[Place]) -> list[Encoded]:
+def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
     """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
     # Asked for anew each time: an asynchronous file system does not survive a fork, and fsspec keeps one per process.
     fs, _ = _filesystem(url)
     found: dict[int, Encoded] = {}
-    wanted = list(range(len(places)))
+    wanted = list(range(len(locations)))
     for pause in (*PAUSES, None):
-        paths, starts, ends = (list(column) for column in zip(*(places[i] for i in wanted), strict=True))
+        paths, starts, ends = (list(column) for column in zip(*(locations[i] for i in wanted), strict=True))
         found.update(zip(wanted, fs.cat_ranges(paths, starts, ends, on_error="return"), strict=True))
         wanted = [i for i in wanted if isinstance(found[i], Exception) and not isinstance(found[i], _FINAL)]
         if not wanted:
             break
         if pause is None:
             reason = reason_of(found[wanted[0]])  # type: ignore[arg-type]
-            raise UserError(f"data.root: {url!r} does not answer: {places[wanted[0]][0]}: {reason}")
+            raise UserError(f"data.root: {url!r} does not answer: {locations[wanted[0]][0]}: {reason}")
         time.sleep(pause)
-    return [found[i] for i in range(len(places))]
+    return [found[i] for i in range(len(locations))]
 
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
@@ -152,7 +156,7 @@ def folder(options: DataOptions, root: str, split: str) -> DataSet:
 def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, held_out: Stored, split: str) -> DataSet:
     mean, std = IMAGENET if options.channels == 3 else ((0.449,), (0.226,))
     description = describe(options.name, classes, options.size or 224, mean, std, train, held_out)
-    return DataSet(replace(description, photographs=True), train, held_out, split)
+    return DataSet(replace(description, variable_size=True), train, held_out, split)
 
 
 def imagenet(options: DataOptions, root: str, split: str) -> DataSet:
@@ -290,8 +294,8 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
         entries = [(path, *entry) for path in tars[name] for entry in _index_shard(fs, path)]
         if wrong := [path for path, _, _, label in entries if label < 0]:
             raise UserError(f"data.root: {wrong[0]}: has a label below 0")
-        places = [(path, offset, offset + length) for path, offset, length, _ in entries]
-        parts[name] = Files(root, places, [label for *_, label in entries], options.channels)
+        locations = [(path, offset, offset + length) for path, offset, length, _ in entries]
+        parts[name] = Files(root, locations, [label for *_, label in entries], options.channels)
     count = max((int(part.labels.max()) + 1 for part in parts.values() if len(part)), default=0)
     classes = [str(i) for i in range(count)]
     if fs.exists(f"{base}/classes.txt"):

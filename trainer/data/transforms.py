@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..config.options import DataOptions
 from ..randomness import key, uniforms
-from ..workload import Description
+from .description import Description
 
 
 class Crop:
     """A PIL image of any size to (C, size, size) uint8: cropped at random in training, in the centre otherwise."""
 
-    def __init__(self, options: DataOptions, size: int, seed: int, train: bool, photographs: bool) -> None:
+    def __init__(self, options: DataOptions, size: int, seed: int, train: bool, variable_size: bool) -> None:
         self.size, self.seed, self.policy = size, seed, options.policy if train else "none"
-        self.random = train and (photographs if options.resized_crop is None else options.resized_crop)
+        self.random = train and (variable_size if options.resized_crop is None else options.resized_crop)
 
     def __call__(self, image: Any, index: int, visit: int) -> Tensor:
         from PIL import Image

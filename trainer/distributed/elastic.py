@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.01
 
 
-def agree_on_life(store: Any, rank: int, world: int, timeout: datetime.timedelta) -> str:
+def agree_on_attempt(store: Any, rank: int, world: int, timeout: datetime.timedelta) -> str:
     """A name that the ranks of this life have in common and no life before had; raises TimeoutError.
 
     Every rank greets with a word of its own, new in each life; rank 0 answers each word that it finds with the name,

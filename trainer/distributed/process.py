@@ -13,7 +13,7 @@ class LaunchError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """This process among those of the run."""
 
     rank: int = 0
@@ -28,7 +28,7 @@ class Place:
     torchrun: bool = False
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> ProcessInfo:
         """torchrun's variables, else Slurm's, else a world of one. Raises LaunchError."""
         env = os.environ if environment is None else environment
         try:
@@ -69,7 +69,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_rank(place: Place, wanted: int | None, environment: Mapping[str, str] | None = None) -> int:
+def threads_per_rank(process: ProcessInfo, wanted: int | None, environment: Mapping[str, str] | None = None) -> int:
     """Cores / ranks, unless somebody said otherwise; torchrun's own default of 1 is nobody."""
     env = os.environ if environment is None else environment
     if wanted:
@@ -78,7 +78,7 @@ def threads_per_rank(place: Place, wanted: int | None, environment: Mapping[str,
     if (
         said.isdecimal()
         and int(said) > 0
-        and not ((place.agent or place.torchrun) and said == "1" and place.local_world > 1)
+        and not ((process.agent or process.torchrun) and said == "1" and process.local_world > 1)
     ):
         return int(said)
-    return max(1, cores() // place.local_world)
+    return max(1, cores() // process.local_world)

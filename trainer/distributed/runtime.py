@@ -24,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.description import Batch
 from ..nn.norm import convert_batch_norm
-from ..workload import Batch, Phase, Scalars, Totals, Workload
+from ..workload import Phase, Scalars, Totals, Workload
 from . import elastic
 from .deadline import Deadline
-from .process import LaunchError, Place, threads_per_rank
+from .process import LaunchError, ProcessInfo, threads_per_rank
 
 if TYPE_CHECKING:
     from ..randomness import Draws
@@ -68,26 +69,26 @@ class Runtime:
     """The process group and the device of a run. Use as a context manager."""
 
     def __init__(
-        self, place: Place, *, device: str = "auto", precision: str = "auto", batch_norm: str = "sync",
+        self, process: ProcessInfo, *, device: str = "auto", precision: str = "auto", batch_norm: str = "sync",
         threads: int | None = None, signals: StopSignals | None = None,
     ) -> None:  # fmt: skip
         from accelerate import PartialState
 
-        threads = threads_per_rank(place, threads)
+        threads = threads_per_rank(process, threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for what is started from here, and lest accelerate chooses
         torch.set_num_threads(threads)
-        if place.local_world == place.world:  # one node: gloo must not listen beyond it
+        if process.local_world == process.world:  # one node: gloo must not listen beyond it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
         accelerated = device == "auto" and torch.accelerator.is_available()
         backend = f"cpu:gloo,{torch.accelerator.current_accelerator()}:{_device_backend()}" if accelerated else "gloo"
-        self._connect(place, backend)
-        os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # where PartialState takes the device's index from
+        self._connect(process, backend)
+        os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # where PartialState takes the device's index from
         self.device = PartialState(cpu=not accelerated).device if accelerated else torch.device("cpu")
         if self.device.type == "cpu":
             _keep_freed_memory()
-        self.rank, self.world, self.main = place.rank, place.world, place.rank == 0
-        self.local_main = place.local_rank == 0
-        self._agents = place.agents
+        self.rank, self.world, self.main = process.rank, process.world, process.rank == 0
+        self.local_main = process.local_rank == 0
+        self._agents = process.agents
         self.batch_norm = batch_norm
         self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision
         self.dtype = torch.float64 if self.precision == "fp64" else torch.float32
@@ -97,29 +98,29 @@ class Runtime:
         self.signals = signals or StopSignals()
         self.deadline = Deadline()
 
-    def _connect(self, place: Place, backend: str) -> None:
-        if place.world == 1:
+    def _connect(self, process: ProcessInfo, backend: str) -> None:
+        if process.world == 1:
             store: Any = dist.HashStore()  # type: ignore[attr-defined]
         else:
-            listens = place.rank == 0 and not place.agent
+            listens = process.rank == 0 and not process.agent
             if listens:
-                _check_port(place.port)
+                _check_port(process.port)
             try:
-                tcp = dist.TCPStore(place.address, place.port, place.world, listens, TIMEOUT)  # type: ignore[attr-defined]
+                tcp = dist.TCPStore(process.address, process.port, process.world, listens, TIMEOUT)  # type: ignore[attr-defined]
             except (dist.DistNetworkError, dist.DistStoreError) as error:
                 raise LaunchError(
-                    f"rank {place.rank} cannot reach {place.address}:{place.port}: {str(error).splitlines()[0]}"
+                    f"rank {process.rank} cannot reach {process.address}:{process.port}: {str(error).splitlines()[0]}"
                 ) from None
             # In-place restarts under torchrun must not see the keys of the life before: gloo would hang on them.
-            life = place.restart
-            if place.torchrun or place.agent:
+            attempt = process.restart
+            if process.torchrun or process.agent:
                 elastic.die_with_parent()
                 try:
-                    life = elastic.agree_on_life(tcp, place.rank, place.world, TIMEOUT)
+                    attempt = elastic.agree_on_attempt(tcp, process.rank, process.world, TIMEOUT)
                 except (TimeoutError, dist.DistError) as error:
-                    raise LaunchError(f"rank {place.rank}: the ranks do not find each other: {error}") from None
-            store = dist.PrefixStore(f"trainer/{life}", tcp)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+                    raise LaunchError(f"rank {process.rank}: the ranks do not find each other: {error}") from None
+            store = dist.PrefixStore(f"trainer/{attempt}", tcp)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world, timeout=TIMEOUT)
 
     def __enter__(self) -> Runtime:
         return self

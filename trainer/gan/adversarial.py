@@ -19,11 +19,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions, WorkloadOptions
+from ..data.description import Batch, Description
+from ..figures import Figure, ImageGrid, Panels, Points
 from ..nn import optim
 from ..nn.average import WeightAverage
 from ..nn.dropout import drawing
 from ..randomness import Draws
-from ..workload import Batch, Description, ImageGrid, Panels, Phase, Picture, Points, Scalars, Totals, Workload
+from ..workload import Phase, Scalars, Totals, Workload
 from .diff_augment import diff_augment
 
 Views = tuple[Tensor, ...]  # what a discriminator sees: the images, and with multi-scale gradients smaller ones too
@@ -130,11 +132,12 @@ class Adversarial(Workload):
     whole_groups = True
     channels_last = True
     conditional = False
+    options: AdversarialOptions
 
     def __init__(self, options: AdversarialOptions, data: Description, optimizer: OptimizerOptions,
                  generator: nn.Module, discriminator: nn.Module, loss: str = "logistic") -> None:  # fmt: skip
         super().__init__()
-        self.kit, self.data, self.criterion = options, data, CRITERIA[loss]
+        self.options, self.data, self.criterion = options, data, CRITERIA[loss]
         self.bands = self.criterion.bands
         self.generator, self.discriminator = generator, discriminator
         self.average = WeightAverage(generator, options.ema) if options.ema else None
@@ -158,9 +161,9 @@ class Adversarial(Workload):
     def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
         """z (B, latent) from N(0, 1); with `truncation`, from its part within plus and minus that many deviations."""
         if truncation is None:
-            return draws.normal("z", (self.kit.latent,))
+            return draws.normal("z", (self.options.latent,))
         share = min(math.erf(truncation / math.sqrt(2)), 1 - 1e-7)
-        return torch.erfinv((2 * draws.uniform("z", (self.kit.latent,)) - 1) * share) * math.sqrt(2)
+        return torch.erfinv((2 * draws.uniform("z", (self.options.latent,)) - 1) * share) * math.sqrt(2)
 
     def generate(self, z: Tensor, labels: Tensor | None) -> Views:
         return (self.generator(z, labels) if self.conditional else self.generator(z),)
@@ -170,19 +173,19 @@ class Adversarial(Workload):
 
     # Training.
 
-    def see(self, views: Views, draws: Draws, name: str) -> Views:
+    def augment_inputs(self, views: Views, draws: Draws, name: str) -> Views:
         """What the discriminator gets to see of images: augmented, noisy, packed (B/packing, packing C, H, W)."""
-        kit = self.kit
-        if kit.augment:
-            views = tuple(diff_augment(view, kit.augment, draws, name) for view in views)
-        noise = kit.instance_noise * max(0.0, 1 - draws.step / kit.instance_noise_steps)
+        options = self.options
+        if options.augment:
+            views = tuple(diff_augment(view, options.augment, draws, name) for view in views)
+        noise = options.instance_noise * max(0.0, 1 - draws.step / options.instance_noise_steps)
         if noise:
             views = tuple(
                 view + noise * draws.normal(f"{name}/noise{i}", view.shape[1:]) for i, view in enumerate(views)
             )
-        return tuple(view.reshape(-1, kit.packing * view.shape[1], *view.shape[2:]) for view in views)
+        return tuple(view.reshape(-1, options.packing * view.shape[1], *view.shape[2:]) for view in views)
 
-    def judge(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+    def discriminate(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
         """Logits (B,) in full precision."""
         with drawing(self.discriminator, draws):
             logits = self.discriminator(*seen, labels) if self.conditional else self.discriminator(*seen)
@@ -201,12 +204,12 @@ class Adversarial(Workload):
         self.generator.requires_grad_(True)  # it is frozen in this phase
         fakes = self.make(batch, draws)
         self.generator.requires_grad_(False)
-        self._kept = draws.place, fakes
+        self._kept = draws.index, fakes
         return replace(fakes, views=tuple(view.detach() for view in fakes.views))
 
     def fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes of the generator's phase: those that the discriminator has just seen, else new ones."""
-        if self._kept is None or self._kept[0] != draws.place:
+        if self._kept is None or self._kept[0] != draws.index:
             return self.make(batch, draws)
         (_, fakes), self._kept = self._kept, None
         return fakes
@@ -215,13 +218,17 @@ class Adversarial(Workload):
         """What the discriminator trains on: what it sees of real images and of fakes, and those fakes."""
         given = self.given(batch, draws)
         with torch.no_grad():
-            return self.see(self.reals(batch), draws, "real"), self.see(given.views, draws, "fake"), given
+            return (
+                self.augment_inputs(self.reals(batch), draws, "real"),
+                self.augment_inputs(given.views, draws, "fake"),
+                given,
+            )
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         reals, fakes, given = self.seen(batch, draws)
         # In two passes: BatchNorm must not see real and fake images mixed, which would tell them apart.
-        real, fake = self.judge(reals, given.labels, draws), self.judge(fakes, given.labels, draws)
-        loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
+        real, fake = self.discriminate(reals, given.labels, draws), self.discriminate(fakes, given.labels, draws)
+        loss = self.criterion.discriminator(real, fake, self.options.label_smoothing)
         scalars = self.signals(loss, real, fake)
         for name, penalty in self.penalties(reals, fakes, given.labels, draws):
             loss = loss + penalty
@@ -230,7 +237,9 @@ class Adversarial(Workload):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         fakes = self.fakes(batch, draws)
-        loss = self.criterion.generator(self.judge(self.see(fakes.views, draws, "fake"), fakes.labels, draws))
+        loss = self.criterion.generator(
+            self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), fakes.labels, draws)
+        )
         return loss, {"generator_loss": loss.detach()}
 
     def signals(self, loss: Tensor, real: Tensor, fake: Tensor) -> Scalars:
@@ -248,21 +257,21 @@ class Adversarial(Workload):
     def penalties(
         self, reals: Views, fakes: Views, labels: Tensor | None, draws: Draws
     ) -> Iterable[tuple[str, Tensor]]:
-        kit = self.kit
-        if kit.gradient_penalty:
-            share = draws.uniform("between", (1,))[:: kit.packing, :, None, None]
+        options = self.options
+        if options.gradient_penalty:
+            share = draws.uniform("between", (1,))[:: options.packing, :, None, None]
             pairs = zip(reals, fakes, strict=True)
             between = tuple(torch.lerp(fake.to(real.dtype), real, share) for real, fake in pairs)
-            norm = self.slope(between, labels, draws).add(1e-12).sqrt()
-            yield "gradient_penalty", kit.gradient_penalty * (norm - 1).square().mean()
-        if kit.r1 and draws.step % kit.r1_every == 0:
-            yield "r1", kit.r1 / 2 * kit.r1_every * self.slope(reals, labels, draws).mean()
+            norm = self.squared_gradient_norm(between, labels, draws).add(1e-12).sqrt()
+            yield "gradient_penalty", options.gradient_penalty * (norm - 1).square().mean()
+        if options.r1 and draws.step % options.r1_every == 0:
+            yield "r1", options.r1 / 2 * options.r1_every * self.squared_gradient_norm(reals, labels, draws).mean()
 
-    def slope(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+    def squared_gradient_norm(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
         """The squared norm (B,) of the discriminator's gradient with respect to what it sees, in full precision."""
         with torch.autocast(seen[0].device.type, enabled=False), torch.enable_grad():
             leaves = tuple(view.detach().to(self.dtype).requires_grad_(True) for view in seen)
-            logits = self.judge(leaves, labels, draws)
+            logits = self.discriminate(leaves, labels, draws)
             gradients = torch.autograd.grad(logits.sum(), leaves, create_graph=True)
         return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
 
@@ -296,7 +305,11 @@ class Adversarial(Workload):
     def report(self, totals: Totals) -> dict[str, float]:
         assert self.quality is not None
         found = self.quality.report(totals)
-        return found if self.kit.spectral_norm else {**found, "discriminator_sigma": steepest(self.discriminator)}
+        return (
+            found
+            if self.options.spectral_norm
+            else {**found, "discriminator_sigma": max_singular_value(self.discriminator)}
+        )
 
     def labels(self, draws: Draws, label: int | None = None) -> Tensor:
         """One class for all rows, or all classes in turn."""
@@ -308,15 +321,15 @@ class Adversarial(Workload):
         return self.images(self.latents(draws, truncation), self.labels(draws, label))
 
     @torch.no_grad()
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         name = self.data.name
         if self.data.size == 1:
-            many = self.samples(draws.of(min(2500, self.data.evaluated)))
+            many = self.samples(draws.of(min(2500, self.data.eval_size)))
             real = images(range(len(many)))
             return {"real_and_fake": Points(real.flatten(1), many.cpu().flatten(1) / 2 + 0.5, name)}
         fakes = self.samples(draws.of(SHOWN))
-        reals = images([i * self.data.evaluated // SHOWN for i in range(SHOWN)])
-        found: dict[str, Picture] = {
+        reals = images([i * self.data.eval_size // SHOWN for i in range(SHOWN)])
+        found: dict[str, Figure] = {
             "real_and_fake": Panels(
                 (
                     ImageGrid(reals, columns=8, title=f"{name}: real"),
@@ -346,7 +359,7 @@ class Adversarial(Workload):
 
 
 @torch.no_grad()
-def steepest(network: nn.Module) -> float:
+def max_singular_value(network: nn.Module) -> float:
     """The largest singular value of a weight: it grows before a discriminator without a constraint breaks down."""
     found = [0.0]
     for module in network.modules():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..workload import Description
+from ..data.description import Description
 
 
 def halvings(data: Description, largest: int = 1024) -> tuple[int, int]:

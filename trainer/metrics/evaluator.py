@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..config.options import UserError
+from ..data.description import Description
 from ..data.loader import BatchLoader
 from ..distributed.runtime import Runtime
 from ..storage.objects import Storage, StorageError
-from ..workload import Description, Totals
+from ..workload import Totals
 from . import frechet, modes
 from .features import Features, PerChannel
 
@@ -29,7 +30,7 @@ class Judge:
 
     def __init__(self, features: Features, data: Description, neighbours: int, cache: Storage | None = None) -> None:
         self.features, self.data, self.cache = features, data, cache
-        self.kept = min(neighbours, data.evaluated)  # rows of the tables for KID and the neighbour scores
+        self.kept = min(neighbours, data.eval_size)  # rows of the tables for KID and the neighbour scores
         self.headline = f"fid@{features.label}"
         self.controls: dict[str, float] = {}
 
@@ -56,10 +57,10 @@ class Judge:
         features, probabilities = self.features(images)
         found = {f"moments/{name}": value for name, value in frechet.moments(features).items()}
         # A table of evenly spread samples, of which a batch fills its own rows.
-        place = ids * self.kept // self.data.evaluated
-        chosen = (ids * self.kept) % self.data.evaluated < self.kept
+        position = ids * self.kept // self.data.eval_size
+        chosen = (ids * self.kept) % self.data.eval_size < self.kept
         table = torch.zeros(self.kept, features.shape[1], device=features.device)
-        found["table"] = table.index_add_(0, place[chosen], features[chosen])
+        found["table"] = table.index_add_(0, position[chosen], features[chosen])
         if probabilities is not None:
             found |= {f"classes/{name}": value for name, value in frechet.class_sums(probabilities).items()}
             counts = torch.bincount(probabilities.argmax(1), minlength=self.features.classes)
@@ -111,8 +112,8 @@ class Judge:
     def _name(self, loader: BatchLoader) -> str:
         """Of the statistics in the cache. Sets of one name, such as folders, are told apart by some of their images."""
         d = self.data
-        shown = loader.pixels(i * d.evaluated // 16 for i in range(16))
-        text = f"{d.name} {d.shape} {d.training} {d.evaluated} {self.kept} {self.features.label} 2"
+        shown = loader.pixels(i * d.eval_size // 16 for i in range(16))
+        text = f"{d.name} {d.shape} {d.train_size} {d.eval_size} {self.kept} {self.features.label} 2"
         found = hashlib.sha256(text.encode())
         for part in (shown, loader.data.held_out.labels, loader.data.train.labels):
             found.update(part.numpy().tobytes())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..workload import Description
+from ..data.description import Description
 
 SMALLEST = 8  # pixels that `Pixels` looks at, along a side
 

@@ -19,13 +19,14 @@ Answer = tuple[bool, str]  # whether a rule holds, and how to say so
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of STATES, the step at which it was reached, and why, in a sentence of at most 160 characters."""
+    """One of STATES, the step at which it was reached, and why, in a sentence of at most REASON characters."""
 
     state: str
     step: int
     reason: str
 
 
+REASON = 160  # characters, at most
 HEALTHY = Verdict("healthy", 0, "no rule holds")
 
 
@@ -208,7 +209,7 @@ class Standing:
         if self.against == self.rule.patience:
             records = {"train": "records", "evaluate": "evaluations"}[self.rule.kind]
             often = f" ({self.against} {records} in a row)" if self.against > 1 else ""
-            self.reason, self.against = f"{reason}{often}" if holds else "", 0
+            self.reason, self.against = f"{reason[: REASON - len(often)]}{often}" if holds else "", 0
 
 
 class Watch:
@@ -225,7 +226,7 @@ class Watch:
         self._past = {kind: Past(rules.flat_records) for kind in ("train", "evaluate")}
         self._standings = [Standing(rule) for rule in by_severity(rules)]
 
-    def see(self, step: int, kind: str, values: Mapping[str, float | None]) -> Verdict:
+    def observe(self, step: int, kind: str, values: Mapping[str, float | None]) -> Verdict:
         """Take in a record of kind `train` or `evaluate` and return the current verdict; `non_finite` is for good.
 
         None is a value that was not finite: the metric log, being JSON, has no other name for it.

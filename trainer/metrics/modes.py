@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..workload import Mixture, Totals
+from ..data.description import Mixture
+from ..workload import Totals
 
 
 def mixture_totals(points: Tensor, mixture: Mixture) -> Totals:

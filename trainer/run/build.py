@@ -10,13 +10,14 @@ import torch
 from .. import schedule, workloads
 from ..config.options import Duration, RunConfig, UserError, WorkloadOptions, data_root
 from ..config.settings import config_class, read_yaml
-from ..data.dataset import DataSet, spread
+from ..data.dataset import DataSet, subsample
+from ..data.description import Description
 from ..data.loader import BatchLoader
 from ..data.plan import BatchPlan
 from ..data.sources import open_data
 from ..distributed.runtime import Runtime
-from ..engine import Cadence, Limits
-from ..workload import Description, Workload
+from ..engine import Every, Limits
+from ..workload import Workload
 
 
 def model_for(name: str) -> type[RunConfig]:
@@ -66,7 +67,7 @@ def build_plan(config: RunConfig, samples: int, workload: Workload, world: int) 
 def open_run_data(config: RunConfig, root: str | None = None, split: str | None = None) -> DataSet:
     """The data set of a run; raises UserError."""
     data = open_data(config.data, root or data_root(config), split or config.evaluate.split)
-    return data if config.evaluate.samples is None else spread(data, config.evaluate.samples)
+    return data if config.evaluate.samples is None else subsample(data, config.evaluate.samples)
 
 
 def build_workload(config: RunConfig, data: Description) -> Workload:
@@ -79,12 +80,12 @@ def build_workload(config: RunConfig, data: Description) -> Workload:
 
 
 def build_limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -> Limits:
-    def cadence(text: str | None) -> Cadence:
+    def cadence(text: str | None) -> Every:
         if text is None or (every := Duration.parse(text)).seconds is not None:
-            return Cadence(None)
+            return Every(None)
         per_unit = {"steps": Fraction(1), "samples": Fraction(1, samples_per_step),
                     "epochs": Fraction(epoch_samples, samples_per_step)}  # fmt: skip
-        return Cadence(max(Fraction(1), Fraction(str(every.amount)) * per_unit[every.unit]))
+        return Every(max(Fraction(1), Fraction(str(every.amount)) * per_unit[every.unit]))
 
     duration, save = Duration.parse(config.duration), Duration.parse(config.checkpoint.every)
     timed = duration.seconds is not None
@@ -96,10 +97,10 @@ def build_limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -
         save=cadence(config.checkpoint.every),
         save_seconds=save.seconds,
         keep=cadence(config.checkpoint.keep_every),
-        faults=config.data.bad_images,
+        bad_samples=config.data.bad_images,
         samples=cadence(config.samples.every),
         shown=config.samples.count,
-        heed=config.health.action != "warn",
+        stop_when_unhealthy=config.health.action != "warn",
     )
 
 

@@ -7,26 +7,26 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..config.options import RunConfig, UserError, differences, dump, is_safe
+from ..data.description import Description
 from ..distributed.deadline import Deadline
 from ..distributed.runtime import StopSignals
-from ..engine import Cadence, Engine, Outcome
+from ..engine import Engine, Every, Outcome
 from ..state import Groups
 from ..storage.checkpoint import CheckpointStore, folder
-from ..storage.goodput import Recorder, new_life, this_life
+from ..storage.goodput import Recorder, current_attempt, new_attempt
 from ..storage.lease import Lease
 from ..storage.metric_log import MetricLog
 from ..storage.objects import Storage, StorageError
 from ..tracking import render
 from ..tracking.tracker import Sink, Tracker
 from ..tracking.wandb_client import WandbSettings, WandbSink, logged_in, run_id
-from ..workload import Description
 
 ROLLBACKS = "rollbacks.json"
 EXIT_SECONDS = 600.0  # how long the end of a run waits for its last checkpoint
@@ -51,7 +51,7 @@ class Directory:
     lease: Lease
     log: MetricLog
     tracker: Tracker
-    keep: Cadence
+    keep: Every
     headline: str
     maximise: bool
     signals: StopSignals
@@ -147,7 +147,7 @@ class Directory:
     def begin(self, step: int, data: Description) -> None:
         """From here on the directory is ours: what earlier lives logged after `step` and how they ended is void."""
         self.storage.write("config.yaml", dump(self.config).encode())
-        self.storage.write("data.json", json.dumps(asdict(data), indent=1).encode())
+        self.storage.write("data.json", json.dumps(data.to_json(), indent=1).encode())
         self.storage.delete("outcome.json")
         self.log.rewind(step)
 
@@ -163,8 +163,8 @@ class Directory:
             seconds = state.seconds if at_rest else clock.run_seconds()
             return {"step": state.step, "seconds": seconds, "checkpoint": clock.saving, "evaluate": clock.evaluating}
 
-        life = new_life(state.step, state.seconds, engine.runtime.world, process_began=not again)
-        self.recorder = Recorder(self.storage, life, progress)
+        attempt = new_attempt(state.step, state.seconds, engine.runtime.world, process_began=not again)
+        self.recorder = Recorder(self.storage, attempt, progress)
 
     def prune(self) -> None:
         best = self.best()
@@ -197,8 +197,10 @@ class Directory:
         if self.lease.lost:  # the directory is another job's, and so is its outcome
             return
         try:
-            life = {"life": this_life()} if this_life() else {}  # so that a batch script knows whose outcome it is
-            self.storage.write("outcome.json", json.dumps({**outcome, **life}, indent=1).encode())
+            attempt = (
+                {"life": current_attempt()} if current_attempt() else {}
+            )  # so that a batch script knows whose outcome it is
+            self.storage.write("outcome.json", json.dumps({**outcome, **attempt}, indent=1).encode())
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
 
@@ -229,7 +231,7 @@ def read_outcome(storage: Storage) -> dict[str, Any]:
 
 
 def make_sinks(
-    config: RunConfig, name: str, storage: Storage, void_records: int, note: Callable[[str], None]
+    config: RunConfig, name: str, storage: Storage, discarded_records: int, note: Callable[[str], None]
 ) -> tuple[Sink, ...]:
     w = config.wandb
     mode = os.environ.get("WANDB_MODE", "auto") if w.mode == "auto" else w.mode
@@ -247,7 +249,7 @@ def make_sinks(
         w.tags,
         str(where),
         config.model_dump(mode="json"),
-        void_records,
+        discarded_records,
     )
     return (WandbSink(settings, note),)
 

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from ..config.options import RunConfig, UserError
+from ..data.description import Description
 from ..metrics.evaluator import Judge
 from ..metrics.features import Features, Inception, Penultimate, PerChannel, Pixels
 from ..storage.objects import Storage, StorageError
-from ..workload import Description
 from .opened import open_run
 
 
 def open_judge(config: RunConfig, data: Description) -> Judge:
     """The judge of a config; raises UserError."""
     wanted, d = config.metrics.features, data
-    if d.evaluated < 6:
+    if d.eval_size < 6:
         raise UserError(
-            f"metrics.features: {d.evaluated} held-out samples are too few for scores: evaluate 6 or more, "
+            f"metrics.features: {d.eval_size} held-out samples are too few for scores: evaluate 6 or more, "
             f"better thousands"
         )
     features: Features

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from ..config.options import RunConfig, UserError
+from ..data.description import Description
 from ..state import load_weights
-from ..storage.checkpoint import CheckpointStore, Damaged, folder
+from ..storage.checkpoint import CheckpointStore, CorruptCheckpoint, folder
 from ..storage.metric_log import MetricLog
 from ..storage.objects import Storage, StorageError
 from ..tracking.console import Console
 from ..tracking.tracker import Tracker
-from ..workload import Description, Mixture, Workload
+from ..workload import Workload
 from .build import build_workload, load_config
 
 
@@ -65,7 +65,7 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
     if step is None and best:
         try:  # which metric counts is the run's to say: a generator's depends on its judge
             state = store.load(steps[-1], []).state
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             raise UserError(
                 f"{storage}/checkpoints/{folder(steps[-1])} is damaged: {error}: choose one with --step"
             ) from None
@@ -76,11 +76,7 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
 def _description(storage: Storage) -> Description:
     """The data set of a run as its networks know it, so that the data need not be at hand."""
     try:
-        values = json.loads(storage.read("data.json"))
-        mixture = values.pop("mixture")
-        lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("classes", "mean", "std")}
-        found = Mixture(tuple(map(tuple, mixture.pop("centres"))), **mixture) if mixture else None
-        return Description(**values, **lists, mixture=found)
+        return Description.from_json(json.loads(storage.read("data.json")))
     except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{storage}/data.json cannot be read: {error}: resume the run once, which writes it") from None
 
@@ -96,7 +92,7 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
     try:
         load_weights(workload, store.load(step, ["weights"]).groups["weights"])
         digest = store.digest(step)
-    except Damaged as error:
+    except CorruptCheckpoint as error:
         raise UserError(
             f"{storage}/checkpoints/{folder(step)} is damaged: {error}: choose another with --step"
         ) from None

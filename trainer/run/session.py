@@ -13,13 +13,13 @@ from ..config.options import RunConfig, UserError
 from ..data.dataset import DataSet
 from ..data.plan import BatchPlan
 from ..distributed.deadline import Deadline, end_of_job
-from ..distributed.process import Place
+from ..distributed.process import ProcessInfo
 from ..distributed.runtime import Runtime, StopSignals
 from ..engine import Engine, Limits, Metrics, Outcome
 from ..metrics.evaluator import Judge
 from ..metrics.health import STATES, Rules, Watch
 from ..state import Groups, Mismatch, TrainState
-from ..storage.checkpoint import CheckpointStore, Damaged, folder
+from ..storage.checkpoint import CheckpointStore, CorruptCheckpoint, folder
 from ..storage.lease import Lease, LeaseHeld
 from ..storage.metric_log import TIMING, MetricLog
 from ..storage.objects import Storage, StorageError
@@ -51,7 +51,7 @@ def agreed(runtime: Runtime, work: Callable[[], T]) -> T:
     if runtime.main:
         try:
             value = work()
-        except (StorageError, Damaged, LeaseHeld, UserError) as error:
+        except (StorageError, CorruptCheckpoint, LeaseHeld, UserError) as error:
             problem = str(error)
     problem = runtime.broadcast(problem)
     if problem:
@@ -61,21 +61,21 @@ def agreed(runtime: Runtime, work: Callable[[], T]) -> T:
 
 def train(config: RunConfig, name: str) -> int:
     """Train, or go on training, or say that it is done; returns the exit code. Called by every rank."""
-    place = Place.from_environment()
+    process = ProcessInfo.from_environment()
     with StopSignals() as signals:
         problem, data, workload, judge = "", None, None, None
         try:
             data = open_run_data(config)
             workload = build_workload(config, data.description)
             judge = open_judge(config, data.description) if workload.generates else None
-            plan = build_plan(config, len(data.train), workload, place.world)
-            samples_per_step = plan.batch_size * workload.reads
+            plan = build_plan(config, len(data.train), workload, process.world)
+            samples_per_step = plan.batch_size * workload.batches_per_step
             total = build_limits(config, samples_per_step, plan.size).total_steps
             build_schedule(config, total, samples_per_step, plan.size)
         except UserError as error:
             problem = str(error)
         with Runtime(
-            place,
+            process,
             device=config.device,
             precision=config.precision,
             batch_norm=config.batch_norm,
@@ -95,7 +95,7 @@ def _train(
     workload.quality = judge
     runtime.prepare(workload, config.channels_last, config.compile)
     plan = build_plan(config, len(data.train), workload, runtime.world)
-    samples_per_step = plan.batch_size * workload.reads
+    samples_per_step = plan.batch_size * workload.batches_per_step
     limits = build_limits(config, samples_per_step, plan.size)
     directory: Directory | None = None
     runtime.deadline = Deadline(runtime.broadcast(end_of_job() if runtime.main else None))
@@ -135,7 +135,7 @@ def _train(
             return 0
         run = Run(config, name, runtime, data, plan, limits, directory, judge)
         engine, outcome = run.live(workload)
-        while run.goes_back(outcome):
+        while run.should_roll_back(outcome):
             run.go_back(outcome)
             workload = build_workload(config, data.description)
             workload.quality = judge
@@ -202,10 +202,10 @@ class Run:
             state = found.state if found else None
             return state, (step if done else -1), metrics, tracker.records, rollbacks
 
-        stored, evaluated, metrics, records, self.rollbacks = agreed(runtime, find)
+        stored, last_eval_step, metrics, records, self.rollbacks = agreed(runtime, find)
         if self.judge is not None:
             self.judge.prepare(loader, runtime)
-        samples_per_step = plan.batch_size * workload.reads
+        samples_per_step = plan.batch_size * workload.batches_per_step
         schedule = build_schedule(config, limits.total_steps, samples_per_step, plan.size)
         factor = config.health.lr_factor ** len(self.rollbacks)
         engine = Engine(
@@ -217,9 +217,9 @@ class Run:
             limits=limits,
             schedule=(lambda step: factor * schedule(step)) if self.rollbacks else schedule,
             seed=config.seed,
-            attempt=len(self.rollbacks),
+            rollbacks=len(self.rollbacks),
             clip_norm=config.optimizer.clip_norm,
-            evaluated=evaluated,
+            last_eval_step=last_eval_step,
             metrics=metrics,
             watch=self.watch(records),
         )
@@ -232,7 +232,7 @@ class Run:
         step = engine.state.step
         agreed(runtime, lambda: directory.begin(step, self.data.description) if directory else None)
         if directory:
-            _greet(directory, runtime, self.data, workload, step)
+            print_banner(directory, runtime, self.data, workload, step)
             directory.tracker.console.health = engine.watch.verdict.state
             directory.record(engine)
         outcome = engine.train()
@@ -249,13 +249,13 @@ class Run:
         watch = Watch(Rules(fid_floor=FLOORS * floor))
         for record in records:
             hidden = ("step", "kind", "epoch", "lr", "steps_per_epoch", *TIMING)
-            watch.see(record["step"], record["kind"], {k: v for k, v in record.items() if k not in hidden})
+            watch.observe(record["step"], record["kind"], {k: v for k, v in record.items() if k not in hidden})
         return watch
 
     def go_back(self, outcome: Outcome) -> None:
         agreed(self.runtime, lambda: self.directory.roll_back(outcome) if self.directory else None)
 
-    def goes_back(self, outcome: Outcome) -> bool:
+    def should_roll_back(self, outcome: Outcome) -> bool:
         health = self.config.health
         return health.action == "rollback" and outcome.status in STATES[1:] and len(self.rollbacks) < health.rollbacks
 
@@ -308,11 +308,11 @@ class Run:
         return 1 if unsaved else _exit_code(outcome)
 
 
-def _greet(directory: Directory, runtime: Runtime, data: DataSet, workload: Workload, step: int) -> None:
+def print_banner(directory: Directory, runtime: Runtime, data: DataSet, workload: Workload, step: int) -> None:
     config, note, d = directory.config, directory.tracker.note, data.description
     count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
     network = getattr(config.workload, "network", "")
-    of = f"{d.name}, {d.training:,} samples and {d.evaluated:,} held out"
+    of = f"{d.name}, {d.train_size:,} samples and {d.eval_size:,} held out"
     note(f"{config.workload.name}{' ' if network else ''}{network}, {count:,} parameters; {of}")
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else str(runtime.device)
     threads = torch.get_num_threads()

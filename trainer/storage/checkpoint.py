@@ -28,11 +28,11 @@ from .objects import Storage, StorageError
 Groups = dict[str, dict[str, Tensor]]
 STATE = "state.json"
 MANIFEST = "MANIFEST.json"
-DAMAGED = "DAMAGED.json"
+QUARANTINED = "DAMAGED.json"
 FORMAT = 1
 
 
-class Damaged(Exception):
+class CorruptCheckpoint(Exception):
     """A checkpoint does not hold what its manifest promises; the message names the file."""
 
 
@@ -122,26 +122,26 @@ class CheckpointStore:
                     f"{manifest.get('trainer')}; this is trainer {__version__}, which reads format {FORMAT}: update it"
                 )
             if manifest["step"] != step or manifest["format"] != FORMAT:
-                raise Damaged(f"{MANIFEST} is of step {manifest['step']}, format {manifest['format']}")
+                raise CorruptCheckpoint(f"{MANIFEST} is of step {manifest['step']}, format {manifest['format']}")
             files = {name: {"size": f["size"], "sha256": f["sha256"]} for name, f in manifest["files"].items()}
             if STATE not in files or not all(isinstance(file["size"], int) for file in files.values()):
-                raise Damaged(f"{MANIFEST} does not list the files of a checkpoint")
+                raise CorruptCheckpoint(f"{MANIFEST} does not list the files of a checkpoint")
             return files
         except StorageError as error:
             if error.missing:
-                raise Damaged(f"{MANIFEST} is missing: the save did not finish") from None
+                raise CorruptCheckpoint(f"{MANIFEST} is missing: the save did not finish") from None
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Damaged(f"{MANIFEST} cannot be read") from None
+            raise CorruptCheckpoint(f"{MANIFEST} cannot be read") from None
 
     def _read(self, step: int, name: str, expected: dict[str, Any]) -> bytes:
         problem = ""
         for _ in range(2):  # what a transfer spoiled is whole the second time, and must not condemn the checkpoint
             try:
-                data = self.storage.read(f"{folder(step)}/{name}", deadline=self.storage.patience(expected["size"]))
+                data = self.storage.read(f"{folder(step)}/{name}", deadline=self.storage.timeout_for(expected["size"]))
             except StorageError as error:
                 if error.missing:
-                    raise Damaged(f"{name} is missing") from None
+                    raise CorruptCheckpoint(f"{name} is missing") from None
                 raise
             if len(data) != expected["size"]:
                 problem = f"{name} has {len(data)} bytes where {expected['size']} were written"
@@ -149,13 +149,13 @@ class CheckpointStore:
                 problem = f"{name} has other content than was written (sha256 differs)"
             else:
                 return data
-        raise Damaged(problem)
+        raise CorruptCheckpoint(problem)
 
     def size(self, step: int) -> int:
         """Bytes of a committed checkpoint; 0 where its manifest cannot be read."""
         try:
             return sum(file["size"] for file in self._manifest(step).values())
-        except Damaged:
+        except CorruptCheckpoint:
             return 0
 
     def digest(self, step: int, group: str = "weights") -> str:
@@ -163,7 +163,7 @@ class CheckpointStore:
         try:
             return str(self._manifest(step)[f"{group}.safetensors"]["sha256"])
         except KeyError:
-            raise Damaged(f"{MANIFEST} lists no {group}") from None
+            raise CorruptCheckpoint(f"{MANIFEST} lists no {group}") from None
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint: the manifest first, so that a half-deleted one does not exist."""
@@ -174,13 +174,13 @@ class CheckpointStore:
         """What is wrong with a checkpoint, a line per file; empty when it is sound."""
         try:
             files = self._manifest(step)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             return [str(error)]
         problems = []
         for name, expected in files.items():
             try:
                 self._read(step, name, expected)
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 problems.append(str(error))
         return problems
 
@@ -209,17 +209,17 @@ class CheckpointStore:
         for step in reversed(committed):
             try:
                 return self.load(step)
-            except Damaged as error:
+            except CorruptCheckpoint as error:
                 report(f"checkpoint {folder(step)} is damaged ({error}): set aside, taking the one before")
-                self.set_aside(step, str(error))
-        lost = committed or [s for s in self.folders() if self.storage.exists(f"{folder(s)}/{DAMAGED}")]
+                self.quarantine(step, str(error))
+        lost = committed or [s for s in self.folders() if self.storage.exists(f"{folder(s)}/{QUARANTINED}")]
         if lost:
-            raise Damaged(f"no sound checkpoint is left in {self.storage}: {len(lost)} set aside as damaged")
+            raise CorruptCheckpoint(f"no sound checkpoint is left in {self.storage}: {len(lost)} set aside as damaged")
         return None
 
-    def set_aside(self, step: int, reason: str) -> None:
+    def quarantine(self, step: int, reason: str) -> None:
         """Turn a damaged checkpoint into one that does not exist; its files stay for a post-mortem."""
-        self.storage.write(f"{folder(step)}/{DAMAGED}", json.dumps({"step": step, "reason": reason}).encode())
+        self.storage.write(f"{folder(step)}/{QUARANTINED}", json.dumps({"step": step, "reason": reason}).encode())
         self.storage.delete(f"{folder(step)}/{MANIFEST}")
 
     def prune(self, keep: int, protected: Callable[[int], bool] = lambda step: False) -> list[int]:
@@ -235,6 +235,6 @@ class CheckpointStore:
         for step in self.folders():
             # one that is newer than the newest may be a save in flight
             leftover = step not in committed and step < max(committed, default=0)
-            if leftover and not self.storage.exists(f"{folder(step)}/{DAMAGED}"):
+            if leftover and not self.storage.exists(f"{folder(step)}/{QUARANTINED}"):
                 self.storage.delete_tree(folder(step))
         return doomed

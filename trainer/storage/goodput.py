@@ -20,7 +20,7 @@ BEAT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """One life of a run. Moments are in seconds since 1970, durations in seconds."""
 
     job: str = ""  # job id and restart count under Slurm
@@ -75,28 +75,28 @@ def _text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{int(rest):02d}" if hours else f"{minutes}:{rest:04.1f}"
 
 
-def account(lives: Sequence[Life]) -> Goodput:
+def account(lives: Sequence[Attempt]) -> Goodput:
     """Add up the lives of a run, oldest first.
 
     A life's time in the loop is kept up to the checkpoint that the next one went on from; the rest was in vain. Clocks
     of different nodes may differ a little, so that no part is let below zero.
     """
     loop = evaluation = stall = replay = restart = queue = 0.0
-    for index, life in enumerate(lives):
+    for index, attempt in enumerate(lives):
         earlier = lives[index - 1] if index else None
-        same_job = earlier is not None and life.job == earlier.job and life.job != ""
-        began = life.process if same_job or life.started is None else min(life.started, life.process)
-        since = earlier.heard if earlier else life.submitted if life.submitted is not None else began
+        same_job = earlier is not None and attempt.job == earlier.job and attempt.job != ""
+        began = attempt.process if same_job or attempt.started is None else min(attempt.started, attempt.process)
+        since = earlier.heard if earlier else attempt.submitted if attempt.submitted is not None else began
         waited = max(began - since, 0.0)
-        inside = max(life.seconds - life.before, 0.0)
-        restart += max(life.training - began, 0.0) + max(life.heard - life.training - inside, 0.0)
+        inside = max(attempt.seconds - attempt.before, 0.0)
+        restart += max(attempt.training - began, 0.0) + max(attempt.heard - attempt.training - inside, 0.0)
         restart += waited if same_job else 0.0
         queue += 0.0 if same_job else waited
         loop += inside
-        evaluation += life.evaluate
-        stall += life.checkpoint
+        evaluation += attempt.evaluate
+        stall += attempt.checkpoint
         if index + 1 < len(lives):
-            replay += min(max(life.seconds - lives[index + 1].before, 0.0), inside)
+            replay += min(max(attempt.seconds - lives[index + 1].before, 0.0), inside)
     training = max(loop - evaluation - stall - replay, 0.0)
     total = training + evaluation + stall + replay + restart + queue
     return Goodput(training, evaluation, stall, replay, restart, queue, total, len(lives))
@@ -105,9 +105,9 @@ def account(lives: Sequence[Life]) -> Goodput:
 class Recorder:
     """Keeps the file of this life. Never raises: these numbers are worth less than the run."""
 
-    def __init__(self, storage: Storage, life: Life, progress: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, storage: Storage, attempt: Attempt, progress: Callable[[], dict[str, float]]) -> None:
         """`progress` gives the fields that change: step, seconds, checkpoint, evaluate."""
-        self._storage, self._life, self._progress = storage.at("lives"), life, progress
+        self._storage, self._life, self._progress = storage.at("lives"), attempt, progress
         self._past = self._read()
         self._name = f"{len(self._past):05d}.json"
         self._stop = threading.Event()
@@ -136,27 +136,27 @@ class Recorder:
         except StorageError:
             return
 
-    def _read(self) -> list[Life]:
+    def _read(self) -> list[Attempt]:
         found = []
         try:
             for name in self._storage.list():
-                found.append(Life(**json.loads(self._storage.read(name))))
+                found.append(Attempt(**json.loads(self._storage.read(name))))
         except (StorageError, ValueError, TypeError):  # an account with gaps is better than no run
             return found
         return found
 
 
-def this_life() -> str:
+def current_attempt() -> str:
     """Which life of a Slurm job this is; '' elsewhere."""
     job = os.environ.get("SLURM_JOB_ID")
     return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
 
 
-def new_life(step: int, seconds: float, world_size: int, process_began: bool = True) -> Life:
+def new_attempt(step: int, seconds: float, world_size: int, process_began: bool = True) -> Attempt:
     """The life whose first step is about to begin, with this process or, after a rollback, within it."""
     now = time.time()
-    return Life(
-        job=this_life(), submitted=_moment("LAUNCH_SUBMITTED"), started=_moment("LAUNCH_STARTED"),
+    return Attempt(
+        job=current_attempt(), submitted=_moment("LAUNCH_SUBMITTED"), started=_moment("LAUNCH_STARTED"),
         process=process_start() if process_began else now, training=now, heard=now,
         first_step=step, step=step, before=seconds, seconds=seconds, world_size=world_size,
     )  # fmt: skip

@@ -155,7 +155,7 @@ class Storage:
         below.url, below._root = f"{self.url}/{name}", self._path(name)
         return below
 
-    def patience(self, size: int) -> float:
+    def timeout_for(self, size: int) -> float:
         """Seconds that moving so many bytes may take."""
         return self.deadline + size / SLOWEST_BYTES_PER_SECOND
 
@@ -197,7 +197,7 @@ class Storage:
     def write(self, name: str, data: bytes, *, create: bool = False, deadline: float | None = None) -> None:
         """Write a whole object durably, so that it is there in full or not at all. `create` refuses to overwrite."""
         call = self._write_file if self.local else self._write_object
-        self._do("write", name, lambda: call(self._path(name), data, create), deadline or self.patience(len(data)))
+        self._do("write", name, lambda: call(self._path(name), data, create), deadline or self.timeout_for(len(data)))
 
     def _there(self, path: str) -> bool:
         """fsspec's own `exists` takes any error for a no on some backends, which would hide every checkpoint."""

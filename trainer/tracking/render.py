@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..workload import ImageGrid, Matrix, Panels, Picture, Points
+from ..figures import Figure, ImageGrid, Matrix, Panels, Points
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
 FIRST = (  # panels of a GAN, most telling first
@@ -52,12 +52,12 @@ def _panels(records: list[dict[str, Any]]) -> list[str]:
     evaluated = {name for record in records if record["kind"] == "evaluate" for name in record}
     last = ("lr", "samples_per_second")
 
-    def place(name: str) -> tuple[Any, ...]:
+    def order(name: str) -> tuple[Any, ...]:
         base = name.partition("@")[0]
         first = FIRST.index(base) if base in FIRST else len(FIRST)
         return (name in last, first, name not in evaluated, not name.endswith("loss"))
 
-    return sorted(names, key=place)[:12] or ["loss"]
+    return sorted(names, key=order)[:12] or ["loss"]
 
 
 def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[str, tuple[float, float]] = {}) -> bytes:
@@ -107,7 +107,7 @@ def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[st
     return _png(figure)
 
 
-def render(picture: Picture) -> bytes:
+def render(picture: Figure) -> bytes:
     if isinstance(picture, Matrix):
         return _matrix(picture)
     if isinstance(picture, Points):
@@ -239,7 +239,7 @@ def plain(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def from_samples(samples: Tensor, title: str) -> Picture:
+def from_samples(samples: Tensor, title: str) -> Figure:
     """Generated images (N, C, H, W) in [-1, 1] as a grid; points as points."""
     shown = samples.float().cpu() * 0.5 + 0.5
     return (

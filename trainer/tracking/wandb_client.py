@@ -102,7 +102,7 @@ class WandbSettings:
     tags: tuple[str, ...]
     directory: str
     config: dict[str, Any]
-    void_records: int = 0  # that W&B had before the run went back to a checkpoint, and which the log no longer has
+    discarded_records: int = 0  # that W&B had before the run went back to a checkpoint, and which the log no longer has
 
 
 class WandbSink:
@@ -202,7 +202,7 @@ class Delivery:
     def __init__(self, settings: WandbSettings, pid: int, note: Callable[[str], None]) -> None:
         self._settings, self._pid, self._note = settings, pid, note
         self._online = settings.mode == "online"
-        self._position = settings.void_records  # of the next record, among all that W&B was ever given
+        self._position = settings.discarded_records  # of the next record, among all that W&B was ever given
         self._pictures: dict[str, Any] = {}
         self._delivered = Path(settings.directory) / "wandb" / "delivered.json"
         self._run = self._start()

@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions
+from ..data.description import Batch, Description
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import halvings
 from ..randomness import Draws
-from ..workload import Batch, Description, Scalars
+from ..workload import Scalars
 
 _REBUILDS = "whose discriminator rebuilds images"
 
@@ -43,33 +44,33 @@ def build(options: Options, data: Description, optimizer: OptimizerOptions) -> A
 
 
 class Began(Adversarial):
-    steering = ("real_loss", "fake_loss")
+    options: Options
+    controller_inputs = ("real_loss", "fake_loss")
     k: Tensor
     convergence: Tensor  # M_global of the step before
 
     def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
         generator = Decoder(options, data)
         super().__init__(options, data, optimizer, generator, Autoencoder(options, data))
-        self.options = options
         self.register_buffer("k", torch.zeros(()))
         self.register_buffer("convergence", torch.zeros(()))
 
     def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
         """z (B, latent), uniform in [-1, 1], or within plus and minus `truncation`."""
-        return (2 * draws.uniform("z", (self.kit.latent,)) - 1) * min(truncation or 1.0, 1.0)
+        return (2 * draws.uniform("z", (self.options.latent,)) - 1) * min(truncation or 1.0, 1.0)
 
-    def rebuilt(self, images: Tensor) -> Tensor:
+    def reconstruction_error(self, images: Tensor) -> Tensor:
         """The mean absolute error (B,) of the autoencoder."""
         return (images - self.discriminator(images)).abs().mean((1, 2, 3))
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         reals, fakes, _ = self.seen(batch, draws)
-        real, fake = self.rebuilt(reals[0]).mean(), self.rebuilt(fakes[0]).mean()
+        real, fake = self.reconstruction_error(reals[0]).mean(), self.reconstruction_error(fakes[0]).mean()
         loss = real - self.k * fake
         return loss, {"real_loss": real.detach(), "k": self.k.clone(), "convergence": self.convergence.clone()}
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        loss = self.rebuilt(self.see(self.fakes(batch, draws).views, draws, "fake")[0]).mean()
+        loss = self.reconstruction_error(self.augment_inputs(self.fakes(batch, draws).views, draws, "fake")[0]).mean()
         return loss, {"fake_loss": loss.detach()}
 
     def after_step(self, step: int, means: Scalars) -> None:
@@ -148,5 +149,5 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(options, data)
 
     def forward(self, images: Tensor) -> Tensor:
-        rebuilt: Tensor = self.decoder(self.encoder(images))
-        return rebuilt
+        reconstructions: Tensor = self.decoder(self.encoder(images))
+        return reconstructions

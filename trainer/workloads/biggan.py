@@ -17,10 +17,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config.options import OptimizerOptions
+from ..data.description import Batch, Description
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import halvings
 from ..randomness import Draws
-from ..workload import Batch, Description, Scalars
+from ..workload import Scalars
 
 ATTENTION_FROM = 64  # pixels of an image that is large enough for self-attention, at a quarter to half of its size
 
@@ -57,6 +58,7 @@ def build(options: Options, data: Description, optimizer: OptimizerOptions) -> A
 
 
 class BigGan(Adversarial):
+    options: Options
     conditional = True
 
     def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
@@ -64,16 +66,15 @@ class BigGan(Adversarial):
             raise ValueError(f"workload.name: biggan needs classes, but {data.name} has none: use dcgan or wgan_gp")
         generator, discriminator = Generator(options, data), Discriminator(options, data)
         super().__init__(options, data, optimizer, generator, discriminator, "hinge")
-        self.options = options
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         loss, scalars = super().generator_loss(batch, draws)
         if self.options.orthogonal:
-            loss = loss + self.options.orthogonal * entanglement(self.generator)
+            loss = loss + self.options.orthogonal * orthogonal_penalty(self.generator)
         return loss, scalars
 
 
-def entanglement(network: nn.Module) -> Tensor:
+def orthogonal_penalty(network: nn.Module) -> Tensor:
     """The sum over the layers of |W W^T without its diagonal|^2, embeddings left out (Brock et al. 2019)."""
     found = []
     for module in network.modules():
@@ -81,11 +82,11 @@ def entanglement(network: nn.Module) -> Tensor:
             # Where the weight is normalised, the raw one, as the weight itself would iterate the norm once more.
             raw: Any = module
             raw = raw.parametrizations.weight.original if is_parametrized(module) else raw.weight
-            found.append(_entanglement(raw.flatten(1)))
+            found.append(_orthogonal_penalty(raw.flatten(1)))
     return torch.stack(found).sum()
 
 
-def _entanglement(rows: Tensor) -> Tensor:
+def _orthogonal_penalty(rows: Tensor) -> Tensor:
     """|W W^T without its diagonal|^2 of one matrix W (N, M)."""
     if len(rows) > rows.shape[1]:  # |W W^T| is |W^T W|, which is M x M: of the first layer 20 x 20, not 2048 x 2048
         return (rows.t() @ rows).square().sum() - rows.square().sum(1).square().sum()

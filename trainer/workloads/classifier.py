@@ -12,11 +12,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions, WorkloadOptions
+from ..data.description import Batch, Description
+from ..figures import Figure, ImageGrid, Matrix
 from ..nn import optim
 from ..nn.average import WeightAverage
 from ..nn.dropout import drawing, use_draws
 from ..randomness import Draws
-from ..workload import Batch, Description, ImageGrid, Matrix, Phase, Picture, Scalars, Totals, Workload
+from ..workload import Phase, Scalars, Totals, Workload
 
 OWN = ("softmax", "fnn", "cnn", "lenet5")
 ADAPTED = (
@@ -137,7 +139,7 @@ class Classifier(Workload):
         }
         if len(self.data.classes) > 5:
             rows["top5"] = (wide.topk(5, dim=1).indices == labels[:, None]).any(1)
-        empty = torch.zeros(self.data.evaluated, dtype=torch.float64, device=wide.device)
+        empty = torch.zeros(self.data.eval_size, dtype=torch.float64, device=wide.device)
         return {name: empty.index_add(0, batch["id"], values.double()) for name, values in rows.items()}
 
     def report(self, totals: Totals) -> dict[str, float]:
@@ -149,9 +151,9 @@ class Classifier(Workload):
             metrics["top5_accuracy"] = float(totals["top5"].mean())
         return metrics
 
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         names = self.data.classes
-        found: dict[str, Picture] = {}
+        found: dict[str, Figure] = {}
         label, prediction = totals["label"].long(), totals["prediction"].long()
         if len(names) <= LARGEST_MATRIX:
             counts = torch.bincount(label * len(names) + prediction, minlength=len(names) ** 2)

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.options import OptimizerOptions
+from ..data.description import Batch, Description
 from ..gan.adversarial import Adversarial, AdversarialOptions, Views
 from ..gan.dcgan import Discriminator, Generator
-from ..workload import Batch, Description
 
 
 class Options(AdversarialOptions):

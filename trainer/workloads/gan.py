@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config.options import OptimizerOptions
+from ..data.description import Description
 from ..gan.adversarial import Adversarial, AdversarialOptions
-from ..workload import Description
 
 
 class Options(AdversarialOptions):

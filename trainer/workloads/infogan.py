@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config.options import OptimizerOptions
+from ..data.description import Batch, Description
+from ..figures import Figure, ImageGrid
 from ..gan.adversarial import Adversarial, AdversarialOptions, unit
 from ..gan.dcgan import halvings, initialise
 from ..randomness import Draws
-from ..workload import Batch, Description, ImageGrid, Picture, Scalars, Totals
+from ..workload import Scalars, Totals
 
 
 class Options(AdversarialOptions):
@@ -113,11 +115,11 @@ class Reader(nn.Module):
 
 
 class InfoGan(Adversarial):
+    options: Options
     discriminator: Reader
 
     def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
         super().__init__(options, data, optimizer, Generator(options, data), Reader(options, data))
-        self.options = options
 
     def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
         """Noise, the category as one of `categories`, the continuous codes."""
@@ -140,9 +142,9 @@ class InfoGan(Adversarial):
         reals, fakes, given = self.seen(batch, draws)
         real, _, _ = self.discriminator.read(reals[0])
         fake, category, codes = self.discriminator.read(fakes[0])
-        loss = self.criterion.discriminator(real, fake, self.kit.label_smoothing)
-        missing, told = self.missing(given.z, category, codes)
-        scalars = {**self.signals(loss, real, fake), **told}
+        loss = self.criterion.discriminator(real, fake, self.options.label_smoothing)
+        missing, metrics = self.missing(given.z, category, codes)
+        scalars = {**self.signals(loss, real, fake), **metrics}
         loss = loss + missing
         for name, penalty in self.penalties(reals, fakes, None, draws):
             loss = loss + penalty
@@ -151,7 +153,7 @@ class InfoGan(Adversarial):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         fakes = self.fakes(batch, draws)
-        fake, category, codes = self.discriminator.read(self.see(fakes.views, draws, "fake")[0])
+        fake, category, codes = self.discriminator.read(self.augment_inputs(fakes.views, draws, "fake")[0])
         loss = self.criterion.generator(fake)
         return loss + self.missing(fakes.z, category, codes)[0], {"generator_loss": loss.detach()}
 
@@ -182,7 +184,7 @@ class InfoGan(Adversarial):
         return {**super().report(totals), **accuracies}
 
     @torch.no_grad()
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Picture]:
+    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         found = super().pictures(totals, images, draws)
         o, columns = self.options, 10
         z = self.latents(draws.of(10))

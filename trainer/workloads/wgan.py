@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.options import OptimizerOptions
+from ..data.description import Description
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import Discriminator, Generator
-from ..workload import Description
 
 _CLIPPED = "whose critic is clipped"
 

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ..config.options import OptimizerOptions
+from ..data.description import Description
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import Discriminator, Generator
-from ..workload import Description
 
 
 class Options(AdversarialOptions):

@@ -1,0 +1,48 @@
+"""What a workload can show: grids, points, tables. Values only; tracking/render.py draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """Pictures, with a caption each or edge to edge. `images` are (N, C, H, W) in [0, 1]."""
+
+    images: Tensor
+    captions: tuple[str, ...] = ()
+    title: str = ""
+    columns: int | None = None
+    rows: tuple[str, ...] = ()  # names of the rows of pictures that are edge to edge
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Grids beside each other."""
+
+    grids: tuple[ImageGrid, ...]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Real and generated points in the plane, each (N, 2) in [0, 1]."""
+
+    real: Tensor
+    generated: Tensor
+    title: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table of counts, (rows, columns)."""
+
+    values: Tensor
+    labels: tuple[str, ...]
+    title: str
+    row_axis: str
+    column_axis: str
+
+
+Figure = ImageGrid | Panels | Points | Matrix
