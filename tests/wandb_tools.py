@@ -1,4 +1,4 @@
-"""What W&B was told: a reader of `.wandb` files and a stub of its server on loopback.
+"""What W&B received: a reader of `.wandb` files and a stub of its server on loopback.
 
 The file format and the server's protocol are private to wandb and were read off version 0.31.
 """
@@ -58,22 +58,22 @@ def _item(item: Any) -> tuple[str, Any]:
 
 
 def read_file(path: Path) -> Stored:
-    found = Stored()
+    stored = Stored()
     for chunk in chunks(path.read_bytes()):
         record = Record.FromString(chunk)
         if record.HasField("run"):
-            found.id, found.name = record.run.run_id, record.run.display_name
-            found.group = record.run.run_group
-            found.config |= dict(map(_item, record.run.config.update))
+            stored.id, stored.name = record.run.run_id, record.run.display_name
+            stored.group = record.run.run_group
+            stored.config |= dict(map(_item, record.run.config.update))
         elif record.HasField("history"):
-            found.rows.append(dict(map(_item, record.history.item)))
+            stored.rows.append(dict(map(_item, record.history.item)))
         elif record.HasField("summary"):
-            found.summary |= dict(map(_item, record.summary.update))
+            stored.summary |= dict(map(_item, record.summary.update))
         elif record.HasField("artifact"):
-            found.references += [entry.ref for entry in record.artifact.manifest.contents]
+            stored.references += [entry.ref for entry in record.artifact.manifest.contents]
         elif record.HasField("exit"):
-            found.exit_code = record.exit.exit_code
-    return found
+            stored.exit_code = record.exit.exit_code
+    return stored
 
 
 def read_runs(run: Path) -> list[Stored]:
@@ -176,9 +176,9 @@ class Server:
             self.complete[run] = message.get("exitcode")
 
     def graphql(self, request: dict[str, Any], host: str) -> dict[str, Any]:
-        found = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
-        name, given = found[1] if found else "", request.get("variables") or {}
-        run = given.get("name") or given.get("run") or ""
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+        name, variables = operation[1] if operation else "", request.get("variables") or {}
+        run = variables.get("name") or variables.get("run") or ""
         project = {"name": "trainer", "entity": {"name": "tester"}}
         if name == "Viewer":
             viewer = {"id": "1", "entity": "tester", "username": "tester", "flags": "{}", "teams": {"edges": []}}
@@ -193,19 +193,19 @@ class Server:
             } if rows else None  # fmt: skip
             return {"model": {"id": "p", **project, "bucket": bucket}}
         if name == "UpsertBucket":
-            self.configs[run] = json.loads(given.get("config") or "{}")
+            self.configs[run] = json.loads(variables.get("config") or "{}")
             bucket = {
                 "id": "b", "name": run, "displayName": run, "description": "", "config": "{}", "sweepName": None,
                 "project": project, "historyLineCount": len(self.history(run)),
             }  # fmt: skip
             return {"upsertBucket": {"bucket": bucket, "inserted": not self.history(run)}}
         if name == "CreateRunFiles":
-            files = [{"name": file, "uploadUrl": f"http://{host}/upload/{file}"} for file in given.get("files", [])]
+            files = [{"name": file, "uploadUrl": f"http://{host}/upload/{file}"} for file in variables.get("files", [])]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         if name == "ArtifactType":
             return {"project": {"artifact": None}}
         if name == "CreateArtifact":
-            self.references.append(json.loads(given["input"]["metadata"])["url"])
+            self.references.append(json.loads(variables["input"]["metadata"])["url"])
             artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": {"id": "a"}}}
             return {"createArtifact": {"artifact": artifact}}
         if name == "OrganizationCoreWeaveOrganizationID":

@@ -266,16 +266,16 @@ def test_checkpoints_are_listed_verified_and_pruned(ask: Ask, tmp_path: Path) ->
     lines = said(ask("checkpoints", "list", "run"))
     assert [line.split()[:2] for line in lines] == [[step, "committed"] for step in steps]
     assert all(line.endswith(" MiB") for line in lines)
-    assert said(ask("checkpoints", "verify", "run")) == [f"{step}  sound" for step in steps]
+    assert said(ask("checkpoints", "verify", "run")) == [f"{step}  valid" for step in steps]
 
     weights = tmp_path / "run" / "checkpoints" / steps[1] / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     verdict = f"{steps[1]}  weights.safetensors has other content than was written (sha256 differs)"
-    assert ask("checkpoints", "verify", "run") == (1, [f"{steps[0]}  sound", verdict, f"{steps[2]}  sound"], [])
+    assert ask("checkpoints", "verify", "run") == (1, [f"{steps[0]}  valid", verdict, f"{steps[2]}  valid"], [])
     assert ask("checkpoints", "verify", f"run/checkpoints/{steps[1]}") == (1, [verdict], [])
-    assert ask("checkpoints", "verify", f"run/checkpoints/{steps[2]}") == (0, [f"{steps[2]}  sound"], [])
+    assert ask("checkpoints", "verify", f"run/checkpoints/{steps[2]}") == (0, [f"{steps[2]}  valid"], [])
     code, _, err = ask("evaluate", "run", "--step", "16")
     assert code == 2
     assert err == [

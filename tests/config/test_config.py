@@ -93,23 +93,23 @@ def test_the_environment_goes_before_the_file_and_flags_go_before_both(ask: Ask)
     assert ask().config["optimizer"]["lr"] == 0.001  # of an empty file
     assert ask(file=file).config["optimizer"]["lr"] == 0.1
     assert ask(file=file, env=env).config["optimizer"]["lr"] == 0.2
-    found = ask(flag, "0.3", file=file, env=env).config
-    assert found["optimizer"]["lr"] == 0.3
-    assert (found["optimizer"]["eps"], found["seed"]) == (0.1, 1)  # what nobody overrides stays
+    config = ask(flag, "0.3", file=file, env=env).config
+    assert config["optimizer"]["lr"] == 0.3
+    assert (config["optimizer"]["eps"], config["seed"]) == (0.1, 1)  # what is not overridden stays
 
 
 def test_the_workload_is_set_from_all_three_places(ask: Ask) -> None:
     file, env = "workload: {network: fnn, hidden: 7}\n", {"TRAINER_WORKLOAD__NETWORK": "softmax"}
     assert ask(file=file).config["workload"]["network"] == "fnn"
-    found = ask(file=file, env=env).config["workload"]
-    assert (found["name"], found["network"], found["hidden"]) == ("classifier", "softmax", 7)
+    workload = ask(file=file, env=env).config["workload"]
+    assert (workload["name"], workload["network"], workload["hidden"]) == ("classifier", "softmax", 7)
     assert ask("--workload.network", "lenet5", file=file, env=env).config["workload"]["network"] == "lenet5"
 
 
 def test_trainer_data_is_the_data_folder_and_no_setting(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINER_DATA", "/somewhere")
-    found = ask("--data.name", "fake").config["data"]
-    assert (found["name"], found["root"]) == ("fake", None)
+    data = ask("--data.name", "fake").config["data"]
+    assert (data["name"], data["root"]) == ("fake", None)
     assert data_root(resolve()) == "/somewhere"
     assert data_root(resolve(["--data.root", "/elsewhere"])) == "/elsewhere"
     monkeypatch.delenv("TRAINER_DATA")
@@ -361,8 +361,8 @@ def test_betas_are_two_numbers(ask: Ask) -> None:
 
 
 def test_dashes_and_underscores_are_the_same_and_the_last_flag_counts(ask: Ask) -> None:
-    found = ask("--batch-size", "7", "--optimizer.weight-decay=0.5", "--batch_size", "8").config
-    assert (found["batch_size"], found["optimizer"]["weight_decay"]) == (8, 0.5)
+    config = ask("--batch-size", "7", "--optimizer.weight-decay=0.5", "--batch_size", "8").config
+    assert (config["batch_size"], config["optimizer"]["weight_decay"]) == (8, 0.5)
 
 
 # What is printed
@@ -467,11 +467,11 @@ def test_the_help_of_every_command_fits_80_columns(
 
 
 def fields_of(model: Any, prefix: str = "") -> dict[str, Any]:
-    found = {}
+    fields = {}
     for name, field in model.model_fields.items():
         inner = hasattr(field.annotation, "model_fields")
-        found |= fields_of(field.annotation, f"{prefix}{name}.") if inner else {prefix + name: field}
-    return found
+        fields |= fields_of(field.annotation, f"{prefix}{name}.") if inner else {prefix + name: field}
+    return fields
 
 
 def test_the_help_names_every_setting_with_its_default(

@@ -1,4 +1,4 @@
-"""Data sets: what they hold, and the one line that a user gets where something is missing or damaged."""
+"""Data sets: what they hold, and the one line that a user gets where something is missing or corrupt."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ LABELS = "MNIST/raw/train-labels-idx1-ubyte"
     ids=["cut", "cut header", "empty", "labels as images", "images as labels", "cut gzip", "text", "scratched gzip",
          "fewer labels", "label 10"],
 )  # fmt: skip
-def test_damaged_idx_files_are_named(
+def test_corrupt_idx_files_are_named(
     tmp_path: Path, damage: Callable[[dict[str, bytes]], dict[str, bytes | None]], named: str, reason: str
 ) -> None:
     files = idx_files()
@@ -340,7 +340,7 @@ def test_a_folder_that_cannot_be_used_is_described(anywhere: str) -> None:
     assert "pictures/train/dog has no images (.jpg, .jpeg, .png" in complaint("folder", anywhere)
     disk.write(anywhere, {"train/dog/0.JPG": disk.png(1), "val/fox/0.png": disk.png(2)})
     assert "pictures/val/fox is a class that train/ does not have" in complaint("folder", anywhere)
-    disk.write(anywhere, {"train/fox/0.png": disk.png(3)})  # what is written later is seen
+    disk.write(anywhere, {"train/fox/0.png": disk.png(3)})  # what is written later is read
     assert open_data(options("folder"), anywhere, "auto").description.classes == ("cat", "dog", "fox")
 
 
@@ -393,14 +393,14 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_stops_the
 
 
 @pytest.mark.parametrize("kind", sorted(disk.bad_images()))
-def test_a_bad_image_is_told_apart_in_the_same_words_every_time(kind: str) -> None:
-    found = set()
+def test_a_bad_image_has_the_same_message_every_time(kind: str) -> None:
+    messages = set()
     for _ in range(2):
         with pytest.raises(BadSample) as caught:
             decode(disk.bad_images()[kind], f"folder/{kind}", 3)
-        found.add(str(caught.value))
-    assert len(found) == 1
-    message = found.pop()
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    message = messages.pop()
     assert message.startswith(f"folder/{kind}: ")
     assert "0x" not in message
     if kind == "bomb.png":
@@ -416,8 +416,8 @@ def test_images_of_any_mode_become_grey_or_colour() -> None:
 
 def test_sixteen_bits_a_pixel_keep_their_upper_eight() -> None:
     values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096
-    found = decode(disk.encoded(Image.fromarray(values)), "deep.png", 1)
-    assert np.asarray(found).tolist() == (values >> 8).tolist()
+    image = decode(disk.encoded(Image.fromarray(values)), "deep.png", 1)
+    assert np.asarray(image).tolist() == (values >> 8).tolist()
 
 
 # Tar shards.
@@ -438,8 +438,8 @@ def test_shards_are_read_by_byte_range_from_anywhere(anywhere: str, indexed: boo
     assert data.train.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert data.description.classes == ("0", "1")
     for seed in range(8):
-        found = pixels(data, seed % 6, held_out=seed >= 6)
-        assert found.tolist() == np.asarray(disk.picture(seed)).tolist()
+        actual = pixels(data, seed % 6, held_out=seed >= 6)
+        assert actual.tolist() == np.asarray(disk.picture(seed)).tolist()
 
 
 def test_an_index_is_believed_and_a_broken_one_is_named(tmp_path: Path) -> None:
@@ -469,12 +469,12 @@ WHOLE = disk.tar(disk.shard(range(3)))
         (b"no tar" * 500, "not a shard"),
         (WHOLE[:700], "unexpected end of data"),
         (WHOLE[:-9216], "cut short at byte"),
-        (disk.tar(disk.shard([0]))[:2048] + b"x" * 512 + WHOLE, "damaged at byte 2048"),
+        (disk.tar(disk.shard([0]))[:2048] + b"x" * 512 + WHOLE, "corrupt at byte 2048"),
         (disk.tar({"a.png": disk.png(0), "a.cls": b"dog"}), "invalid literal for int()"),
         (disk.tar({"a/b.png": disk.png(0)}), "a/b has an image and no .cls"),
         (disk.tar({"a.png": disk.png(0), "a.cls": b"-1"}), "has a label below 0"),
     ],
-    ids=["empty", "no tar", "cut", "cut between files", "damaged header", "label", "unlabelled", "negative"],
+    ids=["empty", "no tar", "cut", "cut between files", "corrupt header", "label", "unlabelled", "negative"],
 )
 def test_a_broken_shard_is_named(tmp_path: Path, archive: bytes, reason: str) -> None:
     root = disk.write(str(tmp_path), {"train/0.tar": WHOLE, "train/1.tar": archive, "val/0.tar": WHOLE})

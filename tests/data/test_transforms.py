@@ -84,8 +84,9 @@ def reference(options: DataOptions, image: np.ndarray, chances: list[float]) -> 
 )  # fmt: skip
 def test_a_batch_is_augmented_as_its_images_one_by_one(options: DataOptions, channels: int) -> None:
     images, ids, visits = batch(channels=channels)
-    found = augment(options, dtype=torch.float64, channels=channels)(images, ids, visits)
-    for image, index, visit, result in zip(images.numpy(), ids.tolist(), visits.tolist(), found.numpy(), strict=True):
+    augmented = augment(options, dtype=torch.float64, channels=channels)(images, ids, visits)
+    rows = zip(images.numpy(), ids.tolist(), visits.tolist(), augmented.numpy(), strict=True)
+    for image, index, visit, result in rows:
         expected = reference(options, image, chance(index, visit))
         np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
 
@@ -106,10 +107,10 @@ def test_about_half_of_the_images_are_mirrored_and_a_share_is_erased() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_normalisation_is_that_of_the_definition(dtype: torch.dtype, tolerance: float) -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    found = augment(DataOptions(), dtype=dtype).normalise(images)
-    assert found.dtype == dtype
+    normal = augment(DataOptions(), dtype=dtype).normalise(images)
+    assert normal.dtype == dtype
     np.testing.assert_allclose(
-        found[0].double().numpy(), normalised(images[0].double().numpy()), rtol=0, atol=tolerance
+        normal[0].double().numpy(), normalised(images[0].double().numpy()), rtol=0, atol=tolerance
     )
 
 
@@ -151,14 +152,14 @@ def crop(size: int, train: bool, resized_crop: bool | None = None, policy: str =
 
 def test_the_centre_crop_of_a_small_size_is_the_whole_middle_square() -> None:
     image = picture(0, width=14, height=10)
-    found = crop(10, train=False)(image, 0, 0)
-    assert found.numpy().transpose(1, 2, 0).tolist() == np.asarray(image)[:, 2:12].tolist()
+    cropped = crop(10, train=False)(image, 0, 0)
+    assert cropped.numpy().transpose(1, 2, 0).tolist() == np.asarray(image)[:, 2:12].tolist()
 
 
 def test_the_centre_crop_of_224_pixels_is_seven_eighths_of_the_shorter_side() -> None:
     image = picture(0, width=300, height=256)
-    found = crop(224, train=False)(image, 0, 0)
-    assert found.numpy().transpose(1, 2, 0).tolist() == np.asarray(image)[16:240, 38:262].tolist()
+    cropped = crop(224, train=False)(image, 0, 0)
+    assert cropped.numpy().transpose(1, 2, 0).tolist() == np.asarray(image)[16:240, 38:262].tolist()
 
 
 def test_training_without_the_random_crop_is_cropped_like_evaluation() -> None:
@@ -180,10 +181,10 @@ def test_random_crops_stay_within_the_image(width: int, height: int, index: int,
 def test_an_image_of_any_shape_becomes_a_square(width: int, height: int, train: bool, size: int) -> None:
     for channels, mode in ((1, "L"), (3, "RGB")):
         image = Image.new(mode, (width, height), 77 if channels == 1 else (77, 77, 77))
-        found = crop(size, train)(image, 1, 2)
-        assert found.dtype == torch.uint8
-        assert found.shape == (channels, size, size)
-        assert (found == 77).all()
+        cropped = crop(size, train)(image, 1, 2)
+        assert cropped.dtype == torch.uint8
+        assert cropped.shape == (channels, size, size)
+        assert (cropped == 77).all()
 
 
 def test_random_crops_cover_the_areas_and_aspect_ratios_of_the_paper() -> None:
@@ -195,17 +196,20 @@ def test_random_crops_cover_the_areas_and_aspect_ratios_of_the_paper() -> None:
     assert 0.74 < ratios.min() < 0.77
     assert 1.30 < ratios.max() < 1.35
     random = np.random.default_rng(0)
-    wanted, shapes = random.uniform(0.08, 1, 10**5) * 60000, np.exp(random.uniform(-1, 1, 10**5) * math.log(4 / 3))
-    fits = (np.sqrt(wanted * shapes) <= 300) & (np.sqrt(wanted / shapes) <= 200)
-    assert areas.mean() == pytest.approx(wanted[fits].mean() / 60000, abs=0.02)
+    expected_areas, shapes = (
+        random.uniform(0.08, 1, 10**5) * 60000,
+        np.exp(random.uniform(-1, 1, 10**5) * math.log(4 / 3)),
+    )
+    fits = (np.sqrt(expected_areas * shapes) <= 300) & (np.sqrt(expected_areas / shapes) <= 200)
+    assert areas.mean() == pytest.approx(expected_areas[fits].mean() / 60000, abs=0.02)
 
 
 def test_a_random_crop_depends_on_seed_sample_and_visit() -> None:
     image = picture(0, width=60, height=50)
-    found = [crop(8, train=True, seed=seed)(image, index, visit) for seed, index, visit in
+    crops = [crop(8, train=True, seed=seed)(image, index, visit) for seed, index, visit in
              [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]  # fmt: skip
-    assert len({tuple(pixels.flatten().tolist()) for pixels in found}) == 4
-    assert crop(8, train=True, seed=0)(image, 0, 0).equal(found[0])
+    assert len({tuple(pixels.flatten().tolist()) for pixels in crops}) == 4
+    assert crop(8, train=True, seed=0)(image, 0, 0).equal(crops[0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -215,15 +219,15 @@ def test_a_policy_depends_on_seed_sample_and_visit_and_leaves_torchs_generator_a
 ) -> None:
     image = torch.randint(256, (channels, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     before = torch.get_rng_state()
-    found = [apply_policy(policy, image, 0, index, 0) for index in range(20)]
+    images = [apply_policy(policy, image, 0, index, 0) for index in range(20)]
     torch.manual_seed(99)
     again = [apply_policy(policy, image, 0, index, 0) for index in range(20)]
     torch.set_rng_state(before)
-    assert all(a.equal(b) for a, b in zip(found, again, strict=True))
-    assert all(pixels.shape == image.shape and pixels.dtype == torch.uint8 for pixels in found)
-    assert len({tuple(pixels.flatten().tolist()) for pixels in found}) > 10
+    assert all(a.equal(b) for a, b in zip(images, again, strict=True))
+    assert all(pixels.shape == image.shape and pixels.dtype == torch.uint8 for pixels in images)
+    assert len({tuple(pixels.flatten().tolist()) for pixels in images}) > 10
     others = [[apply_policy(policy, image, seed, i, visit) for i in range(20)] for seed, visit in ((1, 0), (0, 1))]
-    assert not any(all(a.equal(b) for a, b in zip(found, other, strict=True)) for other in others)
+    assert not any(all(a.equal(b) for a, b in zip(images, other, strict=True)) for other in others)
 
 
 def test_no_policy_returns_the_image_itself() -> None:

@@ -195,7 +195,7 @@ def test_a_job_of_a_higher_partition_preempts_and_the_run_goes_on_after_it(
     assert goodput["queue"] > 0
     parts = ("training", "evaluation", "checkpoint_stall", "replay", "restart", "queue")
     assert sum(goodput[part] for part in parts) == pytest.approx(goodput["total"], abs=0.5)
-    assert re.search(r"^goodput \d+\.\d% of [\d:.]+ in 2 lives$", job.log(), re.M)
+    assert re.search(r"^goodput \d+\.\d% of [\d:.]+ in 2 attempts$", job.log(), re.M)
     assert any(key.startswith("goodput") for key in segments[-1].summary)
 
 

@@ -462,7 +462,7 @@ def test_modes_of_stacked_digits_are_the_digits_of_their_channels() -> None:
     digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
     images = (digits / 9 * 2 - 1)[:, :, None, None].expand(-1, -1, 4, 4)
     assert features.modes == 1000
-    assert torch.equal(features.found(images), numbers)
+    assert torch.equal(features.mode_of(images), numbers)
     found, classes = features(images)
     assert classes is None
     torch.testing.assert_close(found, digits / 9)
@@ -480,13 +480,13 @@ def test_an_evaluation_of_stacked_digits_counts_what_our_own_classifier_sees(
     judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
     assert engine.evaluate()
     assert isinstance(judge.features, PerChannel)
-    found = judge.features.found(fakes_of(engine.workload, COUNT) * 2 - 1)
+    found = judge.features.mode_of(fakes_of(engine.workload, COUNT) * 2 - 1)
     counts = torch.bincount(found, minlength=1000).double()
     shares = counts[counts > 0] / COUNT
     assert engine.metrics["modes"] == (counts > 0).sum()
     assert engine.metrics["high_quality"] == 1
     assert engine.metrics["reverse_kl"] == pytest.approx(float((shares * (shares * 1000).log()).sum()))
-    real = judge.features.found(reals_of(data) * 2 - 1)
+    real = judge.features.mode_of(reals_of(data) * 2 - 1)
     assert (real == data.held_out.labels).float().mean() > 0.4  # a tenth of it would be chance
     features = judge.features(torch.zeros(1, 3, 28, 28))[0]
     assert features.shape == (1, 3 * 784)

@@ -37,7 +37,7 @@ def test_stochastic_depth_drops_whole_rows_or_the_whole_batch(mode: str) -> None
     from torchvision.ops import StochasticDepth
 
     network = use_draws(nn.Sequential(StochasticDepth(0.5, mode))).train()
-    seen = set()
+    unique_values = set()
     for step in range(20):
         with drawing(network, draws(step, slice(0, 64))):
             out = network(torch.ones(64, 3, 2, 2))
@@ -46,8 +46,8 @@ def test_stochastic_depth_drops_whole_rows_or_the_whole_batch(mode: str) -> None
         values = rows[:, 0]
         if mode == "batch":
             assert len(values.unique()) == 1
-        seen |= set(values.tolist())
-    assert seen == {0.0, 2.0}
+        unique_values |= set(values.tolist())
+    assert unique_values == {0.0, 2.0}
 
 
 def test_two_dropouts_of_a_network_have_masks_of_their_own() -> None:

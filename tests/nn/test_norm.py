@@ -41,6 +41,6 @@ def test_batch_norm_over_ranks_is_batch_norm_over_the_global_batch(sizes: tuple[
     several = on_ranks(len(sizes), norm_gradients, sizes, axes)
     torch.testing.assert_close(torch.cat([part[0] for part in several]), out, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.cat([part[1] for part in several]), grad, rtol=1e-9, atol=1e-9)
-    for _, _, found in several:
+    for _, _, rank_state in several:
         for name, value in state.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(rank_state[name], value, rtol=1e-9, atol=1e-9)

@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     data[-1] ^= 1
     weights.write_bytes(data)
     output = run(arguments, tmp_path)
-    assert "step-00000030 is damaged (weights.safetensors has other content" in output
+    assert "step-00000030 is corrupt (weights.safetensors has other content" in output
     assert "at step 20" in output
     alone = tmp_path / "alone" / "run"
     assert largest_difference(final_tensors(alone), final_tensors(tmp_path / "run")) == 0

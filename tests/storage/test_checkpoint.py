@@ -1,4 +1,4 @@
-"""The commit protocol on a local disk, in memory and on an S3 server: true, or it does not exist."""
+"""The commit protocol on a local disk, in memory and on an S3 server: valid, or it does not exist."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ FILES = ["weights.safetensors", "optimizer.safetensors", "state.json"]
 
 
 class Recorder(Storage):
-    """Storage that keeps the order of what changes it, and can spoil what passes through."""
+    """Storage that keeps the order of what changes it, and can corrupt what is read."""
 
     def __init__(self, url: str, deadline: float = 60) -> None:
         super().__init__(url, deadline)
         self.actions: list[tuple[str, str]] = []
         self.before_write: Callable[[str], None] = lambda name: None
-        self.spoil: Callable[[str, bytes], bytes] = lambda name, data: data
+        self.corrupt: Callable[[str, bytes], bytes] = lambda name, data: data
 
     def read(self, name: str, *, deadline: float | None = None) -> bytes:
-        return self.spoil(name, super().read(name, deadline=deadline))
+        return self.corrupt(name, super().read(name, deadline=deadline))
 
     def write(self, name: str, data: bytes, *, create: bool = False, deadline: float | None = None) -> None:
         self.before_write(name)
@@ -104,9 +104,9 @@ def assert_is(store: CheckpointStore, step: int) -> None:
     assert {name: set(tensors) for name, tensors in loaded.groups.items()} == {n: set(t) for n, t in expected.items()}
     for name, tensors in expected.items():
         for key, tensor in tensors.items():
-            found = loaded.groups[name][key]
-            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(found, tensor)
+            actual = loaded.groups[name][key]
+            assert (actual.dtype, actual.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(actual, tensor)
 
 
 def flip(data: bytes) -> bytes:
@@ -124,9 +124,9 @@ def test_a_checkpoint_comes_back_bit_for_bit(storage: Recorder) -> None:
     for step in (1, 12):
         assert_is(store, step)
         assert store.verify(step) == []
-    found = store.newest(pytest.fail)
-    assert found is not None
-    assert (found.step, found.state) == (12, state_of(12))
+    newest = store.newest(pytest.fail)
+    assert newest is not None
+    assert (newest.step, newest.state) == (12, state_of(12))
     assert store.size(12) == sum(len(storage.read(f"{folder(12)}/{name}")) for name in FILES)
 
 
@@ -144,12 +144,12 @@ def test_some_groups_are_loaded_without_reading_the_others(local: Recorder) -> N
 def test_the_data_comes_first_and_the_manifest_last(storage: Recorder) -> None:
     store = CheckpointStore(storage)
     save(store, 7)
-    here = folder(7)
-    assert here == "step-00000007"
+    path = folder(7)
+    assert path == "step-00000007"
     assert storage.actions == [
-        ("delete_tree", here),
-        *(("write", f"{here}/{name}") for name in FILES),
-        ("create", f"{here}/{MANIFEST}"),
+        ("delete_tree", path),
+        *(("write", f"{path}/{name}") for name in FILES),
+        ("create", f"{path}/{MANIFEST}"),
     ]
 
 
@@ -188,9 +188,9 @@ def test_a_save_that_fails_at_any_file_does_not_exist(storage: Recorder, at: str
     with pytest.raises(StorageError, match="the disk is full"):
         save(store, 2)
     assert store.steps() == [1]
-    found = store.newest(pytest.fail)
-    assert found is not None
-    assert found.step == 1
+    newest = store.newest(pytest.fail)
+    assert newest is not None
+    assert newest.step == 1
     storage.before_write = lambda name: None
     save(store, 2)
     assert store.steps() == [1, 2]
@@ -198,17 +198,17 @@ def test_a_save_that_fails_at_any_file_does_not_exist(storage: Recorder, at: str
 
 
 class Halting(Storage):
-    """Storage whose process stops for good at a file: before it, or in the middle of it."""
+    """Storage whose process halts forever at a file: before it, or in the middle of it."""
 
-    def __init__(self, url: str, at: str, middle: bool, told: Connection) -> None:
+    def __init__(self, url: str, at: str, middle: bool, reached: Connection) -> None:
         super().__init__(url, 60)
-        self.halt, self.middle, self.told = at, middle, told
+        self.halt, self.middle, self.reached = at, middle, reached
 
     def write(self, name: str, data: bytes, *, create: bool = False, deadline: float | None = None) -> None:
         if name.endswith(self.halt):
 
             def stop(*arguments: object) -> None:
-                self.told.send("there")
+                self.reached.send(True)
                 time.sleep(600)
 
             if not self.middle:
@@ -217,9 +217,9 @@ class Halting(Storage):
         super().write(name, data, create=create, deadline=deadline)
 
 
-def save_and_halt(environment: dict[str, str], url: str, at: str, middle: bool, told: Connection) -> None:
+def save_and_halt(environment: dict[str, str], url: str, at: str, middle: bool, reached: Connection) -> None:
     os.environ.update(environment)
-    save(CheckpointStore(Halting(url, at, middle, told)), 2)
+    save(CheckpointStore(Halting(url, at, middle, reached)), 2)
 
 
 @pytest.mark.parametrize(
@@ -239,21 +239,21 @@ def test_a_save_that_is_killed_before_the_manifest_does_not_exist(
     url = use_s3(environment, monkeypatch) if backend == "s3" else str(tmp_path / "run")
     store = CheckpointStore(Storage(url))
     save(store, 1)
-    hear, told = multiprocessing.Pipe(duplex=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("forkserver").Process(
-        target=save_and_halt, args=(environment, url, at, middle, told)
+        target=save_and_halt, args=(environment, url, at, middle, sender)
     )
     child.start()
-    assert hear.poll(60)
+    assert receiver.poll(60)
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
     assert child.exitcode == -signal.SIGKILL
 
     assert store.folders() == [1, 2]
     assert store.steps() == [1]
-    found = store.newest(pytest.fail)
-    assert found is not None
-    assert found.step == 1
+    newest = store.newest(pytest.fail)
+    assert newest is not None
+    assert newest.step == 1
     assert store.verify(2) == [f"{MANIFEST} is missing: the save did not finish"]
     save(store, 2)
     assert store.steps() == [1, 2]
@@ -262,10 +262,10 @@ def test_a_save_that_is_killed_before_the_manifest_does_not_exist(
         assert sorted(os.listdir(tmp_path / "run" / folder(2))) == sorted([*FILES, MANIFEST])  # noqa: PTH208
 
 
-# damage
+# corruption
 
 
-def damage(storage: Storage, name: str, how: str) -> None:
+def corrupt(storage: Storage, name: str, how: str) -> None:
     path = f"{folder(2)}/{name}"
     data = storage.read(path)
     match how:
@@ -279,7 +279,7 @@ def damage(storage: Storage, name: str, how: str) -> None:
             storage.write(path, b"\xff\x00{")
 
 
-DAMAGES = [
+CORRUPTIONS = [
     ("weights.safetensors", "flipped", "weights.safetensors has other content than was written (sha256 differs)"),
     ("state.json", "flipped", "state.json has other content than was written (sha256 differs)"),
     ("optimizer.safetensors", "truncated", "optimizer.safetensors has {less} bytes where {size} were written"),
@@ -289,30 +289,30 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "how", "problem"), DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_loaded(
+@pytest.mark.parametrize(("name", "how", "problem"), CORRUPTIONS)
+def test_a_corrupt_checkpoint_is_quarantined_and_the_one_before_is_loaded(
     storage: Recorder, name: str, how: str, problem: str
 ) -> None:
     store = CheckpointStore(storage)
     save(store, 1, 2)
     size = len(storage.read(f"{folder(2)}/{name}"))
     problem = problem.format(size=size, less=size - 1)
-    damage(storage, name, how)
+    corrupt(storage, name, how)
     assert store.verify(2) == [problem]
     assert store.verify(1) == []
     before = set(storage.list(folder(2)))
 
     lines: list[str] = []
-    found = store.newest(lines.append)
-    assert found is not None
-    assert (found.step, found.state) == (1, state_of(1))
-    assert lines == [f"checkpoint step-00000002 is damaged ({problem}): set aside, taking the one before"]
+    newest = store.newest(lines.append)
+    assert newest is not None
+    assert (newest.step, newest.state) == (1, state_of(1))
+    assert lines == [f"checkpoint step-00000002 is corrupt ({problem}): quarantined, using the one before"]
     assert store.steps() == [1]
     assert set(storage.list(folder(2))) == before - {MANIFEST} | {QUARANTINED}
     assert json.loads(storage.read(f"{folder(2)}/{QUARANTINED}")) == {"step": 2, "reason": problem}
 
-    assert store.newest(pytest.fail) is not None  # said once
-    save(store, 2)  # the run comes by again
+    assert store.newest(pytest.fail) is not None  # reported once
+    save(store, 2)  # the run reaches that step again
     assert store.steps() == [1, 2]
     assert_is(store, 2)
 
@@ -320,12 +320,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_loaded(
 def test_a_checkpoint_without_its_manifest_does_not_exist(storage: Recorder) -> None:
     store = CheckpointStore(storage)
     save(store, 1, 2)
-    damage(storage, MANIFEST, "deleted")
+    corrupt(storage, MANIFEST, "deleted")
     assert store.verify(2) == [f"{MANIFEST} is missing: the save did not finish"]
     assert store.steps() == [1]
-    found = store.newest(pytest.fail)
-    assert found is not None
-    assert found.step == 1
+    newest = store.newest(pytest.fail)
+    assert newest is not None
+    assert newest.step == 1
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_checkpoint_without_its_manifest_does_not_exist(storage: Recorder) -> 
      b'{"format": 1, "step": 2, "files": {"state.json": {"size": "x", "sha256": ""}}}',
      b'{"format": 1, "step": 1, "files": {"state.json": {"size": 1, "sha256": ""}}}'],
 )  # fmt: skip
-def test_a_manifest_that_does_not_describe_the_checkpoint_is_damage(local: Recorder, content: bytes) -> None:
+def test_a_manifest_that_does_not_describe_the_checkpoint_is_corruption(local: Recorder, content: bytes) -> None:
     store = CheckpointStore(local)
     save(store, 1, 2)
     local.write(f"{folder(2)}/{MANIFEST}", content)
@@ -343,21 +343,23 @@ def test_a_manifest_that_does_not_describe_the_checkpoint_is_damage(local: Recor
     assert problem.startswith(MANIFEST)
     assert store.size(2) == 0
     lines: list[str] = []
-    found = store.newest(lines.append)
-    assert found is not None
-    assert found.step == 1
+    newest = store.newest(lines.append)
+    assert newest is not None
+    assert newest.step == 1
     assert len(lines) == 1
 
 
-def test_any_flipped_byte_is_seen(local: Recorder) -> None:
+def test_any_flipped_byte_is_detected(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 1)
     for name in FILES:
-        whole = local.read(f"{folder(1)}/{name}")
-        for position in range(0, len(whole), 13):
-            spoiled = bytearray(whole)
-            spoiled[position] ^= 1 << position % 8
-            local.spoil = lambda n, data, name=name, spoiled=spoiled: bytes(spoiled) if n.endswith(name) else data
+        content = local.read(f"{folder(1)}/{name}")
+        for position in range(0, len(content), 13):
+            corrupted = bytearray(content)
+            corrupted[position] ^= 1 << position % 8
+            local.corrupt = lambda n, data, name=name, corrupted=corrupted: (
+                bytes(corrupted) if n.endswith(name) else data
+            )
             assert store.verify(1) == [f"{name} has other content than was written (sha256 differs)"]
             with pytest.raises(CorruptCheckpoint, match=f"^{name} has other content"):
                 store.load(1)
@@ -366,25 +368,25 @@ def test_any_flipped_byte_is_seen(local: Recorder) -> None:
 def test_verify_has_a_line_for_each_file(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 2)
-    damage(local, "weights.safetensors", "flipped")
-    damage(local, "state.json", "deleted")
+    corrupt(local, "weights.safetensors", "flipped")
+    corrupt(local, "state.json", "deleted")
     assert store.verify(2) == [
         "weights.safetensors has other content than was written (sha256 differs)", "state.json is missing",
     ]  # fmt: skip
 
 
-def test_all_damaged_is_an_error_and_not_a_fresh_start(storage: Recorder) -> None:
+def test_all_corrupt_is_an_error_and_not_a_fresh_start(storage: Recorder) -> None:
     store = CheckpointStore(storage)
     save(store, 1, 2)
     storage.write(f"{folder(1)}/state.json", b"{}")
-    damage(storage, "weights.safetensors", "deleted")
+    corrupt(storage, "weights.safetensors", "deleted")
     lines: list[str] = []
     for _ in range(2):  # the second time there is nothing committed any more, and yet there was
         with pytest.raises(CorruptCheckpoint) as caught:
             store.newest(lines.append)
-        assert str(caught.value) == f"no sound checkpoint is left in {storage}: 2 set aside as damaged"
+        assert str(caught.value) == f"no valid checkpoint is left in {storage}: 2 quarantined as corrupt"
     assert [line.split(" (")[0] for line in lines] == [
-        "checkpoint step-00000002 is damaged", "checkpoint step-00000001 is damaged",
+        "checkpoint step-00000002 is corrupt", "checkpoint step-00000001 is corrupt",
     ]  # fmt: skip
 
 
@@ -396,30 +398,30 @@ def test_nothing_ever_committed_is_a_fresh_start(storage: Recorder) -> None:
     assert store.newest(pytest.fail) is None
 
 
-def test_what_a_transfer_spoils_once_is_read_again_and_not_set_aside(local: Recorder) -> None:
+def test_what_a_transfer_corrupts_once_is_read_again_and_not_quarantined(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 1)
-    spoiled: list[str] = []
+    corrupted: list[str] = []
 
     def once(name: str, data: bytes) -> bytes:
-        if name.endswith(MANIFEST) or name in spoiled:
+        if name.endswith(MANIFEST) or name in corrupted:
             return data
-        spoiled.append(name)
+        corrupted.append(name)
         return flip(data)
 
-    local.spoil = once
+    local.corrupt = once
     assert_is(store, 1)
-    assert len(spoiled) == 3
+    assert len(corrupted) == 3
 
 
-def test_storage_that_is_down_sets_nothing_aside(local: Recorder) -> None:
+def test_storage_that_is_down_quarantines_nothing(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 1, 2)
 
     def down(name: str, data: bytes) -> bytes:
         raise StorageError("no answer")
 
-    local.spoil = down
+    local.corrupt = down
     local.actions.clear()
     with pytest.raises(StorageError, match="no answer"):
         store.newest(pytest.fail)
@@ -427,7 +429,7 @@ def test_storage_that_is_down_sets_nothing_aside(local: Recorder) -> None:
     assert store.steps() == [1, 2]
 
 
-def test_a_checkpoint_of_a_newer_trainer_is_not_taken_for_damaged(local: Recorder) -> None:
+def test_a_checkpoint_of_a_newer_trainer_is_not_taken_for_corrupt(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 1, 2)
     path = f"{folder(2)}/{MANIFEST}"
@@ -458,13 +460,13 @@ def test_prune_keeps_the_newest_and_the_protected_and_deletes_the_manifest_first
     assert store.steps() == [2, 4, 5]
 
 
-def test_prune_sweeps_what_was_killed_but_not_what_was_set_aside_or_may_be_in_flight(local: Recorder) -> None:
+def test_prune_deletes_what_was_killed_but_not_what_was_quarantined_or_may_be_in_flight(local: Recorder) -> None:
     store = CheckpointStore(local)
     save(store, 2, 4)
     local.write(f"{folder(1)}/weights.safetensors", b"of a killed prune")
     local.write(f"{folder(3)}/weights.safetensors", b"of a killed save")
     local.write(f"{folder(5)}/weights.safetensors", b"of a save in flight")
-    damage(local, "state.json", "flipped")
+    corrupt(local, "state.json", "flipped")
     store.quarantine(2, "state.json")
     assert store.prune(1) == []
     assert store.folders() == [2, 4, 5]
@@ -511,15 +513,15 @@ def test_one_save_is_in_flight_and_the_next_waits_for_it(local: Recorder) -> Non
 
 def test_a_failed_background_save_is_reported_once_and_the_next_one_works(storage: Recorder) -> None:
     store = CheckpointStore(storage)
-    trouble = StorageError("the upload failed")
+    error = StorageError("the upload failed")
 
     def fail(name: str) -> None:
-        raise trouble
+        raise error
 
     storage.before_write = fail
     store.in_background(lambda: save(store, 1))
     store.wait()
-    assert store.failure() is trouble
+    assert store.failure() is error
     assert store.failure() is None
     assert store.seconds == []
     storage.before_write = lambda name: None
@@ -538,7 +540,7 @@ def test_a_save_to_a_server_that_hangs_fails_at_the_deadline(monkeypatch: pytest
         store = CheckpointStore(Storage("s3://bucket/run/checkpoints", deadline=0.5))
         started = time.monotonic()
         store.in_background(lambda: save(store, 1))
-        assert time.monotonic() - started < 0.2  # the training loop goes on
+        assert time.monotonic() - started < 0.2  # the training loop continues
         store.wait(20)
     forget_s3()
     assert str(store.failure()) == (

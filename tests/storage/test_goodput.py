@@ -1,4 +1,4 @@
-"""Where the time of a run went: the account of its lives, and what real lives leave for it."""
+"""Where the time of a run went: the account of its attempts, and the files that real attempts write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_undisturbed_run() -> None:
     assert result.share == pytest.approx(97 / 230)
 
 
-def test_what_a_killed_life_had_not_saved_is_replay() -> None:
+def test_what_a_killed_attempt_had_not_saved_is_replay() -> None:
     second = Attempt(
         job="7.1", started=300, process=301, training=310, heard=410, before=60, seconds=160, status="done"
     )
@@ -36,7 +36,7 @@ def test_what_a_killed_life_had_not_saved_is_replay() -> None:
     assert result.restart == 30 + 10
     assert result.training == 200 - 40 - 10
     assert result.total == 410
-    assert result.lives == 2
+    assert result.attempts == 2
 
 
 def test_a_restart_within_one_job_is_no_time_in_the_queue() -> None:
@@ -52,10 +52,10 @@ def test_clocks_that_differ_make_no_part_negative() -> None:
     assert min(result.queue, result.restart, result.replay, result.training) >= 0
 
 
-def test_no_lives_and_the_table() -> None:
+def test_no_attempts_and_the_table() -> None:
     assert account([]).share == 1
     lines = account([FIRST]).table()
-    assert lines[0] == "goodput 42.2% of 3:50.0 in 1 life"
+    assert lines[0] == "goodput 42.2% of 3:50.0 in 1 attempt"
     assert lines[4] == "  replay               0:00.0    0.0%"
     assert len({len(line) for line in lines[1:]}) == 1
     assert sum(account([FIRST]).summary()[part] for part in ("training", "evaluation", "checkpoint_stall", "replay",
@@ -65,7 +65,7 @@ def test_no_lives_and_the_table() -> None:
 SETTINGS = ["--duration", "300 steps", "--log.every", "20 steps", "--checkpoint.every", "100 steps", "--run.url", "run"]
 
 
-def test_the_lives_of_a_run_are_counted_over_kills(tmp_path: Path) -> None:
+def test_the_attempts_of_a_run_are_counted_over_kills(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     run(SETTINGS, tmp_path / "alone")
     ranks = start(SETTINGS, tmp_path)
@@ -73,18 +73,18 @@ def test_the_lives_of_a_run_are_counted_over_kills(tmp_path: Path) -> None:
     ranks.kill(0, signal.SIGKILL)
     ranks.wait()
     text = run(SETTINGS, tmp_path)
-    lives = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "lives").iterdir())]
-    assert [attempt["status"] for attempt in lives] == ["", "done"]
-    assert lives[1]["first_step"] in (100, 200)
-    found = outcome(tmp_path / "run")["goodput"]
-    assert found["lives"] == 2
-    assert 0 < found["goodput"] < 1
-    assert "in 2 lives" in text
-    assert records(tmp_path / "run") == records(tmp_path / "alone" / "run"), "the metric log is none of its business"
+    attempts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "lives").iterdir())]
+    assert [attempt["status"] for attempt in attempts] == ["", "done"]
+    assert attempts[1]["first_step"] in (100, 200)
+    goodput = outcome(tmp_path / "run")["goodput"]
+    assert goodput["lives"] == 2
+    assert 0 < goodput["goodput"] < 1
+    assert "in 2 attempts" in text
+    assert records(tmp_path / "run") == records(tmp_path / "alone" / "run"), "the metric log is the same"
     assert "goodput" not in json.loads(text.splitlines()[-1])
 
 
-def test_a_damaged_file_of_a_life_stops_nobody(tmp_path: Path) -> None:
+def test_a_corrupt_file_of_an_attempt_does_not_stop_the_run(tmp_path: Path) -> None:
     Storage(str(tmp_path / "run")).write("lives/00000.json", b"{")
     Storage(str(tmp_path / "run")).write("lives/00001.json", b'{"unknown": 1}')
     run([*SETTINGS, "--duration", "20 steps"], tmp_path)

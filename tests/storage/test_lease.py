@@ -28,7 +28,7 @@ BEAT, WATCH = 0.1, 0.8
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "BEAT_SECONDS", BEAT)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", BEAT)
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", WATCH)
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.15)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
@@ -51,12 +51,12 @@ def local(tmp_path: Path) -> Storage:
 Start = Callable[[Storage], BaseProcess]
 
 
-def hold(environment: dict[str, str], url: str, told: Connection) -> None:
-    """A job that takes the lease and trains for ever."""
+def hold(environment: dict[str, str], url: str, ready: Connection) -> None:
+    """A job that takes the lease and trains forever."""
     os.environ.update(environment)
-    lease_module.BEAT_SECONDS = BEAT
+    lease_module.HEARTBEAT_SECONDS = BEAT
     Lease(Storage(url)).acquire()
-    told.send("held")
+    ready.send("held")
     time.sleep(600)
 
 
@@ -66,12 +66,14 @@ def job() -> Iterator[Start]:
     started: list[BaseProcess] = []
 
     def start(storage: Storage) -> BaseProcess:
-        hear, told = multiprocessing.Pipe(duplex=False)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        process = multiprocessing.get_context("forkserver").Process(target=hold, args=(environment, storage.url, told))
+        process = multiprocessing.get_context("forkserver").Process(
+            target=hold, args=(environment, storage.url, sender)
+        )
         process.start()
         started.append(process)
-        assert hear.poll(60)
+        assert receiver.poll(60)
         return process
 
     yield start
@@ -100,14 +102,14 @@ def foreign(storage: Storage, **changes: object) -> dict[str, Any]:
     return holder
 
 
-class Beating:
-    """Another machine whose job beats its lease."""
+class Renewing:
+    """Another machine whose job renews its lease."""
 
     def __init__(self, storage: Storage, holder: dict[str, Any]) -> None:
         self.storage, self.holder, self.stop = storage, holder, threading.Event()
-        self.thread = threading.Thread(target=self.beat)
+        self.thread = threading.Thread(target=self.renew)
 
-    def beat(self) -> None:
+    def renew(self) -> None:
         while not self.stop.wait(BEAT):
             self.holder["beat"] += 1
             self.storage.write(NAME, json.dumps(self.holder).encode())
@@ -120,14 +122,14 @@ class Beating:
         self.thread.join()
 
 
-def test_a_lease_says_who_holds_it_beats_and_is_given_back(storage: Storage) -> None:
+def test_a_lease_names_its_holder_is_renewed_and_released(storage: Storage) -> None:
     lease = Lease(storage)
     lease.acquire()
-    found = content(storage)
-    assert found["pid"] == os.getpid()
-    assert found["host"] == os.uname().nodename
+    holder = content(storage)
+    assert holder["pid"] == os.getpid()
+    assert holder["host"] == os.uname().nodename
     wait_until(lambda: content(storage)["beat"] >= 3)
-    assert content(storage)["id"] == found["id"]
+    assert content(storage)["id"] == holder["id"]
     lease.release()
     assert not storage.exists(NAME)
     time.sleep(3 * BEAT)
@@ -143,11 +145,11 @@ def test_a_second_live_process_on_the_same_machine_is_refused_at_once(storage: S
     with pytest.raises(LeaseHeld, match=f"^process {holder.pid} on {os.uname().nodename}$"):
         second.acquire()
     assert time.monotonic() - started < WATCH
-    second.release()  # what it does not hold it does not give back
+    second.release()  # it does not delete a lease that it does not hold
     assert content(storage)["id"] == before["id"]
 
 
-def test_a_process_that_is_stopped_is_not_dead(local: Storage, job: Start) -> None:
+def test_a_suspended_process_is_not_dead(local: Storage, job: Start) -> None:
     holder = job(local)
     os.kill(holder.pid or 0, signal.SIGSTOP)
     with pytest.raises(LeaseHeld):
@@ -172,14 +174,14 @@ def test_the_lease_of_a_killed_process_is_taken_over_at_once(
 def test_a_zombie_is_dead(local: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1e9)
     child = subprocess.Popen(["sleep", "600"])
-    mine = json.loads(Lease(local)._content())
+    own = json.loads(Lease(local)._content())
     stat = Path(f"/proc/{child.pid}/stat")
     started = stat.read_text().rpartition(")")[2].split()[19]
-    local.write(NAME, json.dumps({**mine, "id": "theirs", "pid": child.pid, "started": started}).encode())
+    local.write(NAME, json.dumps({**own, "id": "theirs", "pid": child.pid, "started": started}).encode())
     with pytest.raises(LeaseHeld):
         Lease(local).acquire()
     child.kill()
-    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")  # dead, and nobody has asked for its code
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")  # dead, and its exit code was not read
     lease = Lease(local)
     lease.acquire()
     lease.release()
@@ -190,21 +192,21 @@ def test_a_later_process_with_the_same_number_is_not_the_holder(
     local: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1e9)
-    mine = json.loads(Lease(local)._content())
-    local.write(NAME, json.dumps({**mine, "id": "theirs", "pid": os.getppid(), "started": "1"}).encode())
+    own = json.loads(Lease(local)._content())
+    local.write(NAME, json.dumps({**own, "id": "theirs", "pid": os.getppid(), "started": "1"}).encode())
     lease = Lease(local)
     lease.acquire()
     lease.release()
 
 
-def test_a_lease_of_another_machine_that_still_beats_is_refused(storage: Storage) -> None:
+def test_a_lease_of_another_machine_whose_heartbeat_continues_is_refused(storage: Storage) -> None:
     holder = foreign(storage)
-    with Beating(storage, holder), pytest.raises(LeaseHeld, match=r"^process 4321 on node7$"):
+    with Renewing(storage, holder), pytest.raises(LeaseHeld, match=r"^process 4321 on node7$"):
         Lease(storage).acquire()
     assert content(storage)["id"] == "theirs"
 
 
-def test_a_lease_of_another_machine_that_stands_still_is_taken_over(local: Storage) -> None:
+def test_a_lease_of_another_machine_whose_heartbeat_has_stopped_is_taken_over(local: Storage) -> None:
     foreign(local)
     lease = Lease(local)
     started = time.monotonic()
@@ -215,9 +217,9 @@ def test_a_lease_of_another_machine_that_stands_still_is_taken_over(local: Stora
 
 
 def test_the_same_name_in_another_container_is_another_machine(local: Storage) -> None:
-    """Its process numbers mean nothing here, so that only the heartbeat tells."""
+    """Its process numbers mean nothing here, so only the heartbeat counts."""
     holder = foreign(local, host=os.uname().nodename, pid=2**22 + 1)
-    with Beating(local, holder), pytest.raises(LeaseHeld):
+    with Renewing(local, holder), pytest.raises(LeaseHeld):
         Lease(local).acquire()
 
 
@@ -229,7 +231,7 @@ def test_a_lease_that_another_takes_over_while_it_is_watched_is_refused(local: S
         Lease(local).acquire()
 
 
-def test_a_lease_that_is_given_back_while_it_is_watched_is_taken_at_once(
+def test_a_lease_that_is_released_while_it_is_watched_is_taken_at_once(
     local: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1e9)
@@ -253,7 +255,7 @@ def test_a_requeued_slurm_job_takes_over_its_own_lease_at_once(local: Storage, m
 def test_a_second_run_in_one_slurm_allocation_is_refused(local: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     holder = foreign(local, job="77")
-    with Beating(local, holder), pytest.raises(LeaseHeld):
+    with Renewing(local, holder), pytest.raises(LeaseHeld):
         Lease(local).acquire()
 
 
@@ -269,7 +271,7 @@ def test_a_lease_that_cannot_be_read_is_taken_over(
     lease.release()
 
 
-def test_of_many_that_take_over_a_dead_lease_at_the_same_moment_one_goes_on(local: Storage) -> None:
+def test_of_many_that_take_over_a_dead_lease_at_the_same_moment_exactly_one_wins(local: Storage) -> None:
     foreign(local)
     start, held, refused = threading.Barrier(6), [], []
 
@@ -312,7 +314,7 @@ def test_of_two_that_take_over_a_dead_lease_the_one_that_wrote_first_gives_way(
     assert local.read(NAME) == other
 
 
-def test_release_deletes_only_ones_own(local: Storage) -> None:
+def test_release_deletes_only_its_own_lease(local: Storage) -> None:
     lease = Lease(local)
     lease.acquire()
     lease._stop.set()

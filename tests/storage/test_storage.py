@@ -27,7 +27,7 @@ SECRET = "hunter2-secret"
 
 
 def forget_s3() -> None:
-    """Drop fsspec's cached connections, which go on with the environment that they were made in."""
+    """Drop fsspec's cached connections, which keep the environment that they were made in."""
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -72,46 +72,46 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 class Flaky(MemoryFileSystem):
-    """A remote backend: its first calls fail with `troubles`, before or after the work is done."""
+    """A remote backend: its first calls fail with `errors`, before or after the work is done."""
 
     protocol = "flaky"
     cachable = False
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
-    troubles: ClassVar[list[Exception]] = []
+    errors: ClassVar[list[Exception]] = []
     after: ClassVar[bool] = False
     calls: ClassVar[list[str]] = []
 
     @classmethod
-    def _trouble(cls, name: str) -> None:
+    def _fail(cls, name: str) -> None:
         cls.calls.append(name)
-        if cls.troubles:
-            raise cls.troubles.pop(0)
+        if cls.errors:
+            raise cls.errors.pop(0)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         if not self.after:
-            self._trouble("pipe_file")
-        waiting, self.troubles[:] = self.troubles[:], []  # it asks for info itself, and would swallow them
+            self._fail("pipe_file")
+        waiting, self.errors[:] = self.errors[:], []  # it asks for info itself, and would swallow the errors
         try:
             super().pipe_file(path, value, mode, **options)
         finally:
-            self.troubles[:] = waiting
+            self.errors[:] = waiting
         if self.after:
-            self._trouble("pipe_file")
+            self._fail("pipe_file")
 
     def cat_file(self, path: str, *arguments: Any, **options: Any) -> bytes:
-        self._trouble("cat_file")
+        self._fail("cat_file")
         return super().cat_file(path, *arguments, **options)
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        self._trouble("info")
+        self._fail("info")
         return super().info(path, **options)
 
 
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Storage:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    for name, value in {"store": {}, "pseudo_dirs": [""], "troubles": [], "after": False, "calls": []}.items():
+    for name, value in {"store": {}, "pseudo_dirs": [""], "errors": [], "after": False, "calls": []}.items():
         monkeypatch.setattr(Flaky, name, value)
     return Storage("flaky://server/run", deadline=20)
 
@@ -121,14 +121,14 @@ def s3_answers(
     other_s3: Callable[..., None], answer: Callable[[], tuple[int, str]]
 ) -> Iterator[list[http.server.BaseHTTPRequestHandler]]:
     """An S3 endpoint that gives each request the status and the error code that `answer` says."""
-    seen: list[http.server.BaseHTTPRequestHandler] = []
+    requests: list[http.server.BaseHTTPRequestHandler] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            seen.append(self)
+            requests.append(self)
             status, code = answer()
             body = f"<Error><Code>{code}</Code><Message>the server says {code}</Message></Error>" if code else ""
             self.send_response(status)
@@ -142,7 +142,7 @@ def s3_answers(
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     other_s3(**endpoint(server.server_address[1]))
     try:
-        yield seen
+        yield requests
     finally:
         server.shutdown()
         server.server_close()
@@ -182,7 +182,7 @@ def test_objects_are_written_listed_read_overwritten_and_deleted(url: str) -> No
     assert storage.list() == ["a", "b.json"]
     assert storage.list("a") == ["one.bin"]
     storage.delete("b.json")
-    storage.delete("b.json")  # one that is not there is fine
+    storage.delete("b.json")  # a missing one is no error
     storage.delete_tree("a")
     storage.delete_tree("a")
     assert not storage.exists("b.json")
@@ -199,7 +199,7 @@ def test_a_folder_below_is_the_same_storage(url: str) -> None:
     assert str(storage) == url
 
 
-def test_an_object_that_is_not_there_is_missing(url: str) -> None:
+def test_reading_a_missing_object_is_an_error_that_says_so(url: str) -> None:
     error = failure(lambda: Storage(url).read("nothing"))
     assert (error.missing, error.exists) == (True, False)
     assert str(error).startswith(f"cannot read {url}/nothing: FileNotFoundError: ")
@@ -299,14 +299,14 @@ def test_a_file_server_gets_the_folder_before_the_file(tmp_path: Path) -> None:
     assert failure(lambda: storage.write("checkpoints/step-1/MANIFEST.json", b"3", create=True)).exists
 
 
-# trouble that passes
+# transient errors
 
 
 @pytest.mark.parametrize("name", ["pipe_file", "cat_file", "info"])
 def test_a_backend_that_fails_twice_is_asked_a_third_time(flaky: Storage, name: str) -> None:
     flaky.write("x", b"1")
     Flaky.calls.clear()
-    Flaky.troubles += [ConnectionResetError("reset"), OSError(16, "Slow down")]
+    Flaky.errors += [ConnectionResetError("reset"), OSError(16, "Slow down")]
     if name == "pipe_file":
         flaky.write("x", b"2")
         assert next(iter(Flaky.store.values())).getvalue() == b"2"
@@ -315,48 +315,48 @@ def test_a_backend_that_fails_twice_is_asked_a_third_time(flaky: Storage, name: 
     else:
         assert flaky.exists("x")
     assert Flaky.calls[:3] == [name] * 3
-    assert Flaky.troubles == []
+    assert Flaky.errors == []
 
 
 def test_an_s3_server_that_is_overloaded_is_asked_again(other_s3: Callable[..., None]) -> None:
     answers = itertools.chain([(503, "SlowDown"), (500, "InternalError")], itertools.repeat((200, "")))
-    with s3_answers(other_s3, lambda: next(answers)) as seen:
+    with s3_answers(other_s3, lambda: next(answers)) as requests:
         Storage("s3://bucket/run", deadline=30).write("x", b"1")
-    assert len(seen) == 3
+    assert len(requests) == 3
 
 
 def test_a_create_whose_answer_was_lost_has_succeeded(flaky: Storage) -> None:
     Flaky.after = True
-    Flaky.troubles.append(ConnectionResetError("after the work was done"))
+    Flaky.errors.append(ConnectionResetError("after the work was done"))
     flaky.write("lease", b"mine", create=True)
-    assert Flaky.troubles == []
+    assert Flaky.errors == []
     assert failure(lambda: flaky.write("lease", b"other", create=True)).exists
     assert flaky.read("lease") == b"mine"
 
 
-def test_trouble_is_not_taken_for_an_object_that_is_not_there(flaky: Storage) -> None:
-    """fsspec's exists() says False to any error, and a run whose checkpoints are not seen starts afresh."""
+def test_an_error_is_not_taken_for_a_missing_object(flaky: Storage) -> None:
+    """fsspec's exists() says False to any error, and a run whose checkpoints seem missing starts from scratch."""
     flaky.write("MANIFEST.json", b"{}")
     flaky.deadline = 0.3
-    Flaky.troubles += [ConnectionResetError("down")] * 50
+    Flaky.errors += [ConnectionResetError("down")] * 50
     error = failure(lambda: flaky.exists("MANIFEST.json"))
     assert str(error) == "cannot look for flaky://server/run/MANIFEST.json: ConnectionResetError: down"
 
 
-@pytest.mark.parametrize("trouble", [PermissionError("no"), ValueError("bad name"), TypeError("bug")])
-def test_what_no_retry_can_mend_fails_at_once(flaky: Storage, trouble: Exception) -> None:
-    Flaky.troubles += [trouble] * 3
-    error = failure(lambda: flaky.read("x"))
-    assert str(error) == f"cannot read flaky://server/run/x: {type(trouble).__name__}: {trouble}"
-    assert len(Flaky.troubles) == 2
+@pytest.mark.parametrize("error", [PermissionError("no"), ValueError("bad name"), TypeError("bug")])
+def test_an_error_that_no_retry_can_fix_fails_at_once(flaky: Storage, error: Exception) -> None:
+    Flaky.errors += [error] * 3
+    message = str(failure(lambda: flaky.read("x")))
+    assert message == f"cannot read flaky://server/run/x: {type(error).__name__}: {error}"
+    assert len(Flaky.errors) == 2
 
 
-def test_an_endless_trouble_ends_at_the_deadline(flaky: Storage) -> None:
-    Flaky.troubles += [ConnectionResetError("down")] * 1000
+def test_an_endless_error_ends_at_the_deadline(flaky: Storage) -> None:
+    Flaky.errors += [ConnectionResetError("down")] * 1000
     started = time.monotonic()
     failure(lambda: flaky.write("x", b"1", deadline=0.8))
     assert time.monotonic() - started < 2
-    assert 1 < 1000 - len(Flaky.troubles) < 100
+    assert 1 < 1000 - len(Flaky.errors) < 100
 
 
 def test_the_deadline_of_a_write_grows_with_its_size() -> None:
@@ -365,7 +365,7 @@ def test_the_deadline_of_a_write_grows_with_its_size() -> None:
     assert storage.timeout_for(2 * 10**9) == 1060
 
 
-# trouble that stays
+# permanent errors
 
 
 def test_an_s3_server_that_accepts_and_never_answers_is_given_up_at_the_deadline(
@@ -407,14 +407,14 @@ def test_missing_credentials_are_refused_at_once(s3: str, other_s3: Callable[...
 
 def test_a_missing_bucket_is_reported_at_once(other_s3: Callable[..., None]) -> None:
     # SeaweedFS makes a bucket that is written to; AWS answers like this
-    with s3_answers(other_s3, lambda: (404, "NoSuchBucket")) as seen:
+    with s3_answers(other_s3, lambda: (404, "NoSuchBucket")) as requests:
         error = failure(Storage("s3://no-such-bucket/run", deadline=30).probe)
     assert str(error).startswith("cannot write s3://no-such-bucket/run/.probe-")
     assert str(error).endswith(": FileNotFoundError: the server says NoSuchBucket")
-    assert len(seen) == 1
+    assert len(requests) == 1
 
 
-def test_a_bucket_name_that_cannot_be_is_explained(s3: str) -> None:
+def test_an_invalid_bucket_name_is_explained(s3: str) -> None:
     error = failure(lambda: Storage("s3://Bad_Bucket!/run").write("x", b"1"))
     assert 'Invalid bucket name "Bad_Bucket!"' in str(error)
 
@@ -477,8 +477,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     error = str(failure(lambda: Storage(f"{protocol}://me:{SECRET}@host/run")))
-    way_out = f": pip install 'trainer[{extra}]' (" if extra else " ("
-    assert error.startswith(f"{protocol}://host/run: {protocol}:// needs another package{way_out}")
+    hint = f": pip install 'trainer[{extra}]' (" if extra else " ("
+    assert error.startswith(f"{protocol}://host/run: {protocol}:// needs another package{hint}")
     assert package in error or extra == "azure"
 
 

@@ -29,9 +29,9 @@ def opened(png: bytes) -> Image.Image:
 
 
 def colours(image: Image.Image) -> set[tuple[int, ...]]:
-    found = image.convert("RGB").getcolors(maxcolors=2**24)
-    assert found
-    return {colour for _, colour in found}
+    counts = image.convert("RGB").getcolors(maxcolors=2**24)
+    assert counts
+    return {colour for _, colour in counts}
 
 
 def record(index: int, kind: str = "train", **values: float) -> dict[str, Any]:
@@ -85,9 +85,9 @@ def test_a_grid_of_images(count: int, channels: int) -> None:
     image = torch.zeros(count, channels, 28, 28)
     image[:, 0, :14] = 1  # the upper half: white, or red where there are colours
     grid = ImageGrid(image, tuple(f"{LONG_NAME} 100%\nis {LONG_NAME}" for _ in range(count)), "the worst mistakes")
-    found = colours(opened(render(grid)))
-    assert ((255, 0, 0) in found) == (channels == 3)
-    assert (0, 0, 0) in found
+    drawn = colours(opened(render(grid)))
+    assert ((255, 0, 0) in drawn) == (channels == 3)
+    assert (0, 0, 0) in drawn
 
 
 def test_rows_edge_to_edge_have_their_names_beside_them() -> None:
@@ -109,13 +109,13 @@ def test_samples_from_minus_one_to_one_fill_the_grid_and_nan_is_black() -> None:
 
 SCRIPT = """
 import sys
-import trainer.run as runs
 from trainer.__main__ import main
-finish = runs.Run.finish
+from trainer.run import session
+finish = session.Run.finish
 def late(*words):
     assert not {"matplotlib", "wandb", "PIL.Image"} & set(sys.modules), "imported before the end of training"
     return finish(*words)
-runs.Run.finish = late
+session.Run.finish = late
 code = main(["--duration", "4 steps", "--workload.network", "softmax", "--checkpoint.every", "2 steps",
              "--wandb.mode", "offline", "--run.url", "run"])
 assert "matplotlib" in sys.modules

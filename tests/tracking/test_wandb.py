@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from trainer.storage.metric_log import read_records
 from trainer.storage.objects import Storage
-from trainer.tracking.wandb_client import redacted, run_id
+from trainer.tracking.wandb_client import WORKER, redacted, run_id
 
 from ..ranks import Ranks, free_port, run, start, wait_for
 from ..wandb_tools import KEY, Server, Stored, as_row, pictures, read_runs, values
@@ -30,7 +32,7 @@ INIT_SECONDS, FINISH_SECONDS = 4, 5
 
 @pytest.fixture
 def alone(tmp_path: Path) -> dict[str, str]:
-    """An environment without anybody's key."""
+    """An environment without a key."""
     return {"HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "no-netrc"), "WANDB_API_KEY": "",
             "WANDB_CONFIG_DIR": str(tmp_path / "home"), "WANDB_CACHE_DIR": str(tmp_path / "home"),
             "TRAINER_WANDB__MODE": "offline", "WANDB_INIT_TIMEOUT": str(INIT_SECONDS),
@@ -38,7 +40,7 @@ def alone(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def patient(alone: dict[str, str]) -> dict[str, str]:
+def generous(alone: dict[str, str]) -> dict[str, str]:
     """The same with bounds that a busy machine does not reach."""
     return alone | {"WANDB_INIT_TIMEOUT": "60", "WANDB_FINISH_TIMEOUT": "60"}
 
@@ -63,8 +65,8 @@ def delivered(segments: list[Stored]) -> list[dict[str, Any]]:
 def helpers(ranks: Ranks, word: str) -> list[psutil.Process]:
     """Processes below the first rank whose command line has this word."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process(ranks.processes[0].pid).children(recursive=True)
-        return [process for process in found if word in " ".join(process.cmdline())]
+        children = psutil.Process(ranks.processes[0].pid).children(recursive=True)
+        return [process for process in children if word in " ".join(process.cmdline())]
     return []
 
 
@@ -81,9 +83,9 @@ def check_unharmed(output: str, seconds: float, since: float, status: str = "don
 
 
 def test_an_offline_run_has_every_record_once_and_config_pictures_and_checkpoint(
-    tmp_path: Path, patient: dict[str, str]
+    tmp_path: Path, generous: dict[str, str]
 ) -> None:
-    output = run([*SHORT, "--data.root", "s3://me:hush@host/digits?token=abc"], tmp_path, environment=patient)
+    output = run([*SHORT, "--data.root", "s3://me:secret@host/digits?token=abc"], tmp_path, environment=generous)
     (stored,) = read_runs(tmp_path / "run")
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == [10, 20, 30, 30, 40, 50, 60, 60]
@@ -103,17 +105,17 @@ def test_an_offline_run_has_every_record_once_and_config_pictures_and_checkpoint
     assert "warning" not in output
 
 
-def test_a_run_that_is_stopped_goes_on_as_the_same_run_without_a_gap_or_a_double(
-    tmp_path: Path, patient: dict[str, str]
+def test_a_run_that_is_stopped_resumes_as_the_same_run_without_a_gap_or_a_double(
+    tmp_path: Path, generous: dict[str, str]
 ) -> None:
-    ranks = start(ENDLESS, tmp_path, environment=patient)
+    ranks = start(ENDLESS, tmp_path, environment=generous)
     assert wait_for(lambda: bool(read_runs(tmp_path / "run")), ranks)
-    for process in helpers(ranks, "trainer.tracking.wandb_client"):  # a scheduler may send it to every process of a job
+    for process in helpers(ranks, WORKER):  # a scheduler may send it to every process of a job
         process.send_signal(signal.SIGTERM)
     ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [0]
     before, stopped = len(logged(tmp_path)), json.loads(ranks.text().splitlines()[-1])["step"]
-    run([*ENDLESS, "--duration", f"{stopped + 500} steps"], tmp_path, environment=patient)
+    run([*ENDLESS, "--duration", f"{stopped + 500} steps"], tmp_path, environment=generous)
     first, second = read_runs(tmp_path / "run")
     rows = logged(tmp_path)
     assert first.id == second.id
@@ -122,14 +124,14 @@ def test_a_run_that_is_stopped_goes_on_as_the_same_run_without_a_gap_or_a_double
     assert [row["_step"] for row in first.rows + second.rows] == list(range(len(rows)))
 
 
-def test_two_ranks_are_one_run(tmp_path: Path, patient: dict[str, str]) -> None:
-    run(SHORT, tmp_path, world=2, environment=patient)
+def test_two_ranks_are_one_run(tmp_path: Path, generous: dict[str, str]) -> None:
+    run(SHORT, tmp_path, world=2, environment=generous)
     (stored,) = read_runs(tmp_path / "run")
     assert delivered([stored]) == logged(tmp_path)
 
 
-def test_an_online_run_goes_on_after_a_restart(tmp_path: Path, patient: dict[str, str], server: Server) -> None:
-    environment = patient | server.environment | {"TRAINER_WANDB__MODE": "auto"}
+def test_an_online_run_continues_after_a_restart(tmp_path: Path, generous: dict[str, str], server: Server) -> None:
+    environment = generous | server.environment | {"TRAINER_WANDB__MODE": "auto"}
     output = run(SHORT, tmp_path, environment=environment)
     ((name, lines),) = server.rows.items()
     assert f"{server.environment['WANDB_BASE_URL']}/tester/trainer/runs/{name}" in output
@@ -150,9 +152,9 @@ def test_an_online_run_goes_on_after_a_restart(tmp_path: Path, patient: dict[str
 
 
 def test_what_was_committed_arrives_though_training_is_killed(
-    tmp_path: Path, patient: dict[str, str], server: Server
+    tmp_path: Path, generous: dict[str, str], server: Server
 ) -> None:
-    environment = patient | server.environment | {"TRAINER_WANDB__MODE": "online"}
+    environment = generous | server.environment | {"TRAINER_WANDB__MODE": "online"}
     ranks = start(ENDLESS, tmp_path, environment=environment)
     assert wait_for(lambda: "W&B: http" in ranks.text(), ranks)
     processes = helpers(ranks, "wandb")
@@ -184,7 +186,7 @@ def test_a_server_that_hangs_delays_the_end_by_no_more_than_the_bounds(
     check_unharmed(run(SHORT, tmp_path, environment=environment), INIT_SECONDS + FINISH_SECONDS + 15, since)
 
 
-def test_an_outage_amid_a_run_delays_its_end_by_no_more_than_the_bound(
+def test_an_outage_during_a_run_delays_its_end_by_no_more_than_the_bound(
     tmp_path: Path, alone: dict[str, str], server: Server
 ) -> None:
     environment = alone | server.environment | {"TRAINER_WANDB__MODE": "online", "WANDB_INIT_TIMEOUT": "60"}
@@ -199,9 +201,9 @@ def test_an_outage_amid_a_run_delays_its_end_by_no_more_than_the_bound(
     check_unharmed(ranks.text(), FINISH_SECONDS + 10, since, status="preempted")
 
 
-@pytest.mark.parametrize("victim", ["wandb-core", "trainer.tracking.wandb_client"])
-def test_a_killed_helper_is_a_warning(tmp_path: Path, patient: dict[str, str], victim: str) -> None:
-    ranks = start(ENDLESS, tmp_path, environment=patient)
+@pytest.mark.parametrize("victim", ["wandb-core", WORKER])
+def test_a_killed_worker_is_a_warning(tmp_path: Path, generous: dict[str, str], victim: str) -> None:
+    ranks = start(ENDLESS, tmp_path, environment=generous)
     assert wait_for(lambda: bool(helpers(ranks, victim)), ranks)
     for process in helpers(ranks, victim):
         process.kill()
@@ -242,7 +244,7 @@ def test_a_run_keeps_its_id_and_one_that_cannot_be_kept_is_no_error(tmp_path: Pa
     assert len(run_id(storage)) == 10
 
 
-def test_secrets_stay_at_home() -> None:
+def test_secrets_are_redacted() -> None:
     config = {
         "api_key": "k", "nested": [{"password": "p", "token": None}], "url": "s3://me:p@host/a?X-Amz-Signature=s",
         "lr": 0.1,
@@ -251,3 +253,10 @@ def test_secrets_stay_at_home() -> None:
         "api_key": "***", "nested": [{"password": "***", "token": None}], "url": "s3://host/a?...",
         "lr": 0.1,
     }  # fmt: skip
+
+
+def test_the_worker_starts_without_torch_and_wandb() -> None:
+    """It would compete with the ranks for memory and cores; wandb is imported once the signals are blocked."""
+    code = f"import sys, {WORKER}; print({{'torch', 'numpy', 'wandb'}} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "set()\n"

@@ -13,12 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    create_model,
-)
+from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -61,22 +56,22 @@ def config_class(*workloads: type[WorkloadOptions], default: WorkloadOptions | N
 
 def _settings(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every setting by its dotted name."""
-    found: dict[str, FieldInfo] = {}
+    settings: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= _settings(field.annotation, f"{prefix}{name}.")
+            settings |= _settings(field.annotation, f"{prefix}{name}.")
         else:
-            found[prefix + name] = field
-    return found
+            settings[prefix + name] = field
+    return settings
 
 
 def _groups(model: type[BaseModel], prefix: str = "") -> dict[str, list[str]]:
     """The keys of every group of settings, by its dotted name."""
-    found = {prefix.rstrip("."): list(model.model_fields)}
+    groups = {prefix.rstrip("."): list(model.model_fields)}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= _groups(field.annotation, f"{prefix}{name}.")
-    return found
+            groups |= _groups(field.annotation, f"{prefix}{name}.")
+    return groups
 
 
 def takes_no_value(flag: str, model: type[BaseModel] = RunConfig) -> bool:
@@ -99,7 +94,7 @@ def _is_boolean(field: FieldInfo) -> bool:
 
 
 def _list_text(items: Sequence[str]) -> str:
-    """Words, words with commas or a JSON list, as a JSON list."""
+    """Words, words with commas or a JSON list, as text of a JSON list."""
     if len(items) == 1 and items[0].lstrip().startswith("["):
         try:
             json.loads(items[0])
@@ -109,14 +104,16 @@ def _list_text(items: Sequence[str]) -> str:
     return json.dumps([part for item in items for part in item.split(",") if part])
 
 
-def _unknown(what: str, name: str, model: type[RunConfig], prefix: str = "") -> str:
+def _unknown(source: str, name: str, model: type[RunConfig], prefix: str = "") -> str:
+    """The line about a flag or variable, as the user wrote it, whose name is no setting."""
     settings, groups = list(_settings(model)), _groups(model)
     if name and name in groups:
-        return f"{what}: a group of settings: set one of {', '.join(f'{prefix}{name}.{key}' for key in groups[name])}"
-    ends = [setting for setting in settings if setting.rpartition(".")[2] == name]
-    near = ends or difflib.get_close_matches(name, settings, 1, cutoff=0.6)
-    way_out = f"did you mean {' or '.join(prefix + n for n in near)}?" if near else "'train --help' lists all"
-    return f"{what}: unknown setting; {way_out}"
+        keys = ", ".join(f"{prefix}{name}.{key}" for key in groups[name])
+        return f"{source}: a group of settings: set one of {keys}"
+    same_last_part = [setting for setting in settings if setting.rpartition(".")[2] == name]
+    similar = same_last_part or difflib.get_close_matches(name, settings, 1, cutoff=0.6)
+    hint = f"did you mean {' or '.join(prefix + n for n in similar)}?" if similar else "'train --help' lists all"
+    return f"{source}: unknown setting; {hint}"
 
 
 def _read_flags(words: Sequence[str], model: type[RunConfig]) -> tuple[list[str], list[str]]:
@@ -124,48 +121,57 @@ def _read_flags(words: Sequence[str], model: type[RunConfig]) -> tuple[list[str]
     settings = _settings(model)
     flags: dict[str, str] = {}
     problems: list[str] = []
-    rest = list(words)
-
-    def values() -> list[str]:
-        found = []
-        while rest and not rest[0].startswith("--"):
-            found.append(rest.pop(0))
-        return found
-
-    while rest:
-        word = rest.pop(0)
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         if word in ("-h", "--help"):
             return ["--help"], []
         if not word.startswith("--"):
             problems.append(f"{word}: neither a flag nor the value of one: give one config file, then --setting value")
             continue
-        _, given, value = word.partition("=")
+        _, equals_sign, value = word.partition("=")
         name = _name(word)
         positive = _positive(name)
         if name in settings:
-            field = settings[name]
+            text, problem = _value_of(name, settings[name], value if equals_sign else None, remaining)
+            problems += [problem] if problem else []
+            if text is not None:
+                flags[name] = text
         elif positive in settings and _is_boolean(settings[positive]):
             flags[positive] = "false"
-            if given:
+            if equals_sign:
                 problems.append(f"{word}: takes no value: write --{positive} or --{positive}=false")
-            continue
         else:
             problems.append(_unknown(f"--{word[2:].partition('=')[0]}", name, model, "--"))
-            values()
-            continue
-        if _is_boolean(field):
-            alone = not given and not (rest and rest[0].lower() in _BOOLEANS)
-            flags[name] = "true" if alone else value if given else rest.pop(0)
-        elif get_origin(field.annotation) is tuple:
-            items = [value] if given else values()
-            flags[name] = _list_text(items)
-            if not items:
-                problems.append(f"--{name}: has no value: write --{name} VALUE ...")
-        elif given or (rest and not rest[0].startswith("--")):
-            flags[name] = value if given else rest.pop(0)
-        else:
-            problems.append(f"--{name}: has no value: write --{name} VALUE, or --{name}=VALUE if it begins with --")
+            _take_values(remaining)
     return [f"--{name}={value}" for name, value in flags.items()], problems
+
+
+def _value_of(name: str, field: FieldInfo, value: str | None, remaining: list[str]) -> tuple[str | None, str]:
+    """The value of a flag, None where it has none, and the line about a mistake, '' where there is none.
+
+    `value` is what follows the equals sign. Without one, the value is taken from the front of the `remaining` words.
+    """
+    if _is_boolean(field):
+        if value is None:
+            value = remaining.pop(0) if remaining and remaining[0].lower() in _BOOLEANS else "true"
+        return value, ""
+    if get_origin(field.annotation) is tuple:
+        items = _take_values(remaining) if value is None else [value]
+        return _list_text(items), "" if items else f"--{name}: has no value: write --{name} VALUE ..."
+    if value is None and remaining and not remaining[0].startswith("--"):
+        value = remaining.pop(0)
+    if value is None:
+        return None, f"--{name}: has no value: write --{name} VALUE, or --{name}=VALUE if it begins with --"
+    return value, ""
+
+
+def _take_values(remaining: list[str]) -> list[str]:
+    """Remove the words up to the next flag and return them."""
+    values = []
+    while remaining and not remaining[0].startswith("--"):
+        values.append(remaining.pop(0))
+    return values
 
 
 def _variables() -> dict[str, str]:
@@ -182,17 +188,17 @@ class _Environment(EnvSettingsSource):
     """TRAINER_OPTIMIZER__LR and so on; only the variables that are settings."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        settings, found = _settings(self.settings_cls), {}
+        settings, values = _settings(self.settings_cls), {}
         for name, variable in _variables().items():
             if name in settings:
                 value = os.environ[variable]
                 is_list = get_origin(settings[name].annotation) is tuple
-                found[variable.lower()] = _list_text([value]) if is_list else value
-        return found
+                values[variable.lower()] = _list_text([value]) if is_list else value
+        return values
 
 
 class _Help(argparse.HelpFormatter):
-    """Help in which the choices of a setting stand in its text, not between its name and its text."""
+    """Help in which the choices of a setting are part of its text, not between its name and its text."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=26)
@@ -206,14 +212,30 @@ class _Help(argparse.HelpFormatter):
             return f"{flag}, --{'.no-'.join(flag[2:].rsplit('.', 1)) if '.' in flag else f'no-{flag[2:]}'}"
         if kind.startswith("tuple["):
             return f"{flag} VALUE ..."
-        shown = {"int": "N", "float": "X", "str": "TEXT"}
-        return f"{flag} {'CHOICE' if kind.startswith('{') else shown.get(kind, kind)}"
+        placeholders = {"int": "N", "float": "X", "str": "TEXT"}
+        return f"{flag} {'CHOICE' if kind.startswith('{') else placeholders.get(kind, kind)}"
 
     def _expand_help(self, action: argparse.Action) -> str:
         # What a setting without a value means is in its text, after 'Default:'.
         text = re.sub(r" \(default: (null|None|\(\))\)", "", super()._expand_help(action))
         kind = str(action.metavar or "")
         return f"{kind[1:-1].replace(',', ' | ')}. {text}" if kind.startswith("{") else text
+
+
+def _command_line(model: type[BaseSettings], program: str) -> CliSettingsSource[argparse.ArgumentParser]:
+    """What parses `--name=value` and prints the help."""
+    source = CliSettingsSource[argparse.ArgumentParser](
+        model,
+        cli_prog_name=program,
+        cli_parse_none_str="null",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        cli_enforce_required=False,
+        formatter_class=_Help,
+    )
+    source.root_parser.usage = f"{program} [--setting value ...]"
+    return source
 
 
 def build_config(
@@ -236,19 +258,8 @@ def build_config(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            arguments = CliSettingsSource[argparse.ArgumentParser](
-                settings_cls,
-                cli_prog_name=program,
-                cli_parse_none_str="null",
-                cli_hide_none_type=True,
-                cli_avoid_json=True,
-                cli_exit_on_error=False,
-                cli_enforce_required=False,
-                formatter_class=_Help,
-            )
-            arguments.root_parser.usage = f"{program} [--setting value ...]"
             return (
-                arguments(args=words),
+                _command_line(settings_cls, program)(args=words),
                 _Environment(settings_cls),
                 InitSettingsSource(settings_cls, init_kwargs=values),
             )
@@ -264,20 +275,21 @@ def build_config(
     return model.model_construct(**{name: getattr(merged, name) for name in model.model_fields})
 
 
-def _shown(value: object) -> str:
+def _as_written(value: object) -> str:
     """A value as the user may have written it, cut where it is long."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _line(error: Any, model: type[RunConfig]) -> str:
-    where = [str(part) for part in error["loc"]]
-    name, value, message = ".".join(where), error.get("input"), str(error["msg"]).removeprefix("Value error, ")
+    """One of pydantic's errors as a line for the user."""
+    path = [str(part) for part in error["loc"]]
+    name, value, message = ".".join(path), error.get("input"), str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = _groups(model).get(".".join(where[:-1]), [])
-        near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.6)
-        way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        return f"{name}: unknown setting; {way_out}"
+        known = _groups(model).get(".".join(path[:-1]), [])
+        similar = difflib.get_close_matches(path[-1], known, 1, cutoff=0.6)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
+        return f"{name}: unknown setting; {hint}"
     if error["type"] == "missing":
         return f"{name}: missing: give a value"
     if error["type"] == "value_error" and isinstance(value, BaseModel | dict):
@@ -287,7 +299,7 @@ def _line(error: Any, model: type[RunConfig]) -> str:
     if "valid dictionary" in message:
         message = "should be a mapping of settings"
     if error["type"] == "literal_error":
-        near = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", message), 1, cutoff=0.6)
-        message += f"; did you mean {near[0]!r}?" if near else ""
+        similar = difflib.get_close_matches(str(value), re.findall(r"'([^']*)'", message), 1, cutoff=0.6)
+        message += f"; did you mean {similar[0]!r}?" if similar else ""
     separator = " " if message.startswith(("should", "must", "is ")) else " is not valid: "
-    return f"{name}: {_shown(value)}{separator}{message}"
+    return f"{name}: {_as_written(value)}{separator}{message}"

@@ -1,4 +1,4 @@
-"""Settings as YAML: plain data, every key once. Light, because `launch` reads them too, on login nodes."""
+"""Settings as YAML: plain data, every key once. Quick to import, because `launch` reads them too, on login nodes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, of which it would take the last, and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for name, _ in node.value:
             if name.tag != "tag:yaml.org,2002:str":
                 raise _Mistake(f"the key in line {name.start_mark.line + 1} is not a name: write `setting: value`")
-            if name.value in seen:
+            if name.value in keys:
                 raise _Mistake(f"duplicate key {name.value!r} in line {name.start_mark.line + 1}: keep one of them")
-            seen.add(name.value)
+            keys.add(name.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts a text into quotes where the loader would read a number."""
+    """SafeDumper that quotes a text which the loader would read as a number."""
 
 
 for _kind in (_Loader, _Dumper):
@@ -68,9 +68,9 @@ def _mapping(text: str) -> dict[str, Any]:
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
+        line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise _Mistake(f"not valid YAML{where}: {problem}") from None
+        raise _Mistake(f"not valid YAML{line}: {problem}") from None
     except _Mistake:
         raise
     except (ValueError, RecursionError) as error:  # a date such as 2026-13-01, brackets a thousand deep
@@ -89,9 +89,9 @@ def read_file(path: str) -> dict[str, Any]:
         with Path(path).open(encoding="utf-8") as file:
             return read_yaml(file.read(_MAX_BYTES + 1), path)
     except FileNotFoundError:
-        there = {p.stem: str(p) for p in sorted(Path(path).parent.glob("*.yaml"))}
-        near = difflib.get_close_matches(Path(path).stem, there, 1)
-        hint = f"did you mean {there[near[0]]!r}?" if near else "check the path"
+        siblings = {p.stem: str(p) for p in sorted(Path(path).parent.glob("*.yaml"))}
+        similar = difflib.get_close_matches(Path(path).stem, siblings, 1)
+        hint = f"did you mean {siblings[similar[0]]!r}?" if similar else "check the path"
         raise YamlError(f"no config file {path!r}: {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(f"{path}: cannot be read as a config: {error}") from None

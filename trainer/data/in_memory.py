@@ -33,16 +33,16 @@ def digits(options: DataOptions, root: str, split: str) -> DataSet:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; every third one is held out."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.from_numpy(np.rint(found.images * 255 / 16).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(found.target.astype(np.int64))
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * 255 / 16).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
     test = torch.arange(len(labels)) % 3 == 2
     splits = {"train": Memory(images[~test], labels[~test]), "test": Memory(images[test], labels[test])}
     return _data_set(options, split, splits, [str(i) for i in range(10)], [0.3055], [0.3763])
 
 
 def idx(options: DataOptions, root: str, split: str) -> DataSet:
-    """MNIST and Fashion-MNIST in their own format, read here: importing torchvision would double the start-up time."""
+    """MNIST and Fashion-MNIST from their IDX files, not through torchvision, whose import doubles the start-up time."""
     folder, classes, mean, std = {
         "mnist": ("MNIST", [str(i) for i in range(10)], 0.1307, 0.3081),
         "fashion_mnist": (
@@ -83,10 +83,10 @@ def points(options: DataOptions, root: str, split: str) -> DataSet:
     generator = torch.Generator().manual_seed(0)
 
     def part(count: int) -> Memory:
-        # At random: as many points for each mode would be more alike than samples are, and a floor that none can reach.
+        # Random labels: equal counts per mode would vary less than samples do, a floor that no generator can reach.
         labels = torch.randint(len(centres), (count,), generator=generator)
         points = centres[labels] + mixture.deviation * torch.randn((count, 2), generator=generator)
-        return Memory((points + 1)[:, :, None, None] * 127.5, labels)  # which come to the networks as they are
+        return Memory((points + 1)[:, :, None, None] * 127.5, labels)  # the networks receive the points unchanged
 
     splits = {"train": part(100_000), "test": part(2500)}
     names = [f"mode {i}" for i in range(len(centres))]
@@ -115,11 +115,11 @@ def stacked(options: DataOptions, root: str, split: str) -> DataSet:
 
 
 def _read_idx(path: Path, axes: int) -> Tensor:
-    """The unsigned bytes of an IDX file, packed or not."""
-    packed = not path.exists()
-    path = path.with_name(path.name + ".gz") if packed else path
+    """The unsigned bytes of an IDX file, gzipped or not."""
+    gzipped = not path.exists()
+    path = path.with_name(path.name + ".gz") if gzipped else path
     try:
-        data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+        data = gzip.decompress(path.read_bytes()) if gzipped else path.read_bytes()
         magic, *shape = struct.unpack(f">{axes + 1}I", data[: 4 * axes + 4])
         if magic != 0x0800 + axes or len(data) != 4 * axes + 4 + int(np.prod(shape)):
             raise ValueError("not an IDX file of this kind, or cut short")
@@ -129,22 +129,22 @@ def _read_idx(path: Path, axes: int) -> Tensor:
 
 
 def _download(options: DataOptions, root: str, kind: str, done: Callable[[], bool], files: Sequence[str]) -> None:
-    """Fetch through torchvision, once per node, under a lock; else say which files to put where."""
-    where = local_root(options, root)
-    needs = f"data.root: {options.name} is not in {str(where)!r}"
-    way_out = f"put {', '.join(files)} there, or set data.root or TRAINER_DATA to where they are"
+    """Download through torchvision, once per node, under a lock; raises UserError that names the files to put there."""
+    folder = local_root(options, root)
+    problem = f"data.root: {options.name} is not in {str(folder)!r}"
+    hint = f"put {', '.join(files)} there, or set data.root or TRAINER_DATA to where they are"
     if not options.download:
-        raise UserError(f"{needs} and data.download is off: {way_out}")
+        raise UserError(f"{problem} and data.download is off: {hint}")
     try:
-        where.mkdir(parents=True, exist_ok=True)
-        with FileLock(where / f".{kind}.lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{kind}.lock"):
             if not done():
                 import torchvision
 
                 for train in (True, False):
-                    getattr(torchvision.datasets, kind)(str(where), train=train, download=True)
+                    getattr(torchvision.datasets, kind)(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{needs} and cannot be downloaded ({reason_of(error)}): {way_out}") from None
+        raise UserError(f"{problem} and cannot be downloaded ({reason_of(error)}): {hint}") from None
 
 
 def cifar(options: DataOptions, root: str, split: str) -> DataSet:
@@ -154,26 +154,26 @@ def cifar(options: DataOptions, root: str, split: str) -> DataSet:
         "cifar10": ("CIFAR10", "cifar-10-batches-py"), "cifar100": ("CIFAR100", "cifar-100-python"),
     }[options.name]  # fmt: skip
     dataset = getattr(torchvision.datasets, kind)
-    where = local_root(options, root)
-    found: dict[str, Any] = {}
+    data_folder = local_root(options, root)
+    datasets: dict[str, Any] = {}
 
     def read() -> bool:
         """Checks the MD5 of every file before unpickling it; False where one is missing or is not the original."""
         try:
-            found.update((name, dataset(str(where), train=name == "train")) for name in ("train", "test"))
+            datasets.update((name, dataset(str(data_folder), train=name == "train")) for name in ("train", "test"))
         except RuntimeError:
             return False
         return True
 
     if not read():
         _download(options, root, kind, read, [f"the original {folder}/"])
-        if not found and not read():
-            raise UserError(f"data.root: {where / folder} is damaged: delete it and fetch it again")
+        if not datasets and not read():
+            raise UserError(f"data.root: {data_folder / folder} is corrupt: delete it and fetch it again")
     splits = {
         name: Memory(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for name, part in found.items()
+        for name, part in datasets.items()
     }
-    classes = found["train"].classes
+    classes = datasets["train"].classes
     mean, std = {
         "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
         "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),

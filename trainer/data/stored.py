@@ -31,7 +31,7 @@ class BadSample(Exception):
 
 
 def decode(data: Encoded, name: str, channels: int) -> Any:
-    """A PIL image in grey or colour; raises BadSample with the same words each time, so that it is counted once."""
+    """A PIL image in grey or colour; raises BadSample with the same message each time, so that it is counted once."""
     from PIL import Image
 
     if isinstance(data, Exception):
@@ -40,7 +40,7 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
         image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        if image.mode.startswith("I;16"):  # PIL would cut all that is above 255
+        if image.mode.startswith("I;16"):  # PIL would clip values above 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # PIL raises whatever its many formats raise
@@ -58,8 +58,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 Location = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
-PAUSES = (0.5, 2.0, 8.0)  # seconds between attempts to read from a network, on top of what the backend tries itself
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # no attempt would change these
+PAUSES = (0.5, 2.0, 8.0)  # seconds between attempts to read from a network, in addition to the backend's own retries
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)  # retries are useless
 
 
 class Files:
@@ -96,35 +101,35 @@ def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
 
 def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
     """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
-    # Asked for anew each time: an asynchronous file system does not survive a fork, and fsspec keeps one per process.
+    # Not kept between calls: an asynchronous file system does not survive a fork, and fsspec caches one per process.
     fs, _ = _filesystem(url)
-    found: dict[int, Encoded] = {}
-    wanted = list(range(len(locations)))
+    results: dict[int, Encoded] = {}
+    pending = list(range(len(locations)))
     for pause in (*PAUSES, None):
-        paths, starts, ends = (list(column) for column in zip(*(locations[i] for i in wanted), strict=True))
-        found.update(zip(wanted, fs.cat_ranges(paths, starts, ends, on_error="return"), strict=True))
-        wanted = [i for i in wanted if isinstance(found[i], Exception) and not isinstance(found[i], _FINAL)]
-        if not wanted:
+        paths, starts, ends = (list(column) for column in zip(*(locations[i] for i in pending), strict=True))
+        results.update(zip(pending, fs.cat_ranges(paths, starts, ends, on_error="return"), strict=True))
+        pending = [i for i in pending if isinstance(results[i], Exception) and not isinstance(results[i], _PERMANENT)]
+        if not pending:
             break
         if pause is None:
-            reason = reason_of(found[wanted[0]])  # type: ignore[arg-type]
-            raise UserError(f"data.root: {url!r} does not answer: {locations[wanted[0]][0]}: {reason}")
+            reason = reason_of(results[pending[0]])  # type: ignore[arg-type]
+            raise UserError(f"data.root: {url!r} does not answer: {locations[pending[0]][0]}: {reason}")
         time.sleep(pause)
-    return [found[i] for i in range(len(locations))]
+    return [results[i] for i in range(len(locations))]
 
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
-    """train/CLASS/*.jpg and val/ or test/ likewise; names that begin with a dot are no part of it."""
+    """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored."""
     fs, base = _filesystem(root)
-    fs.invalidate_cache()  # what another process has written since
+    fs.invalidate_cache()  # another process may have written since
 
     def names(path: str) -> list[str]:
         try:
-            found = sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
+            paths = sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
         # An object store may list the folder itself.
-        return [p for p in found if p != path and not p.rpartition("/")[2].startswith(".")]
+        return [p for p in paths if p != path and not p.rpartition("/")[2].startswith(".")]
 
     splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
     if "train" not in splits:
@@ -133,7 +138,7 @@ def folder(options: DataOptions, root: str, split: str) -> DataSet:
         )
     held_out = choose_split(split, splits, f"the folder {root!r}")
     classes: list[str] = []
-    found: dict[str, Files] = {}
+    parts: dict[str, Files] = {}
     for name in dict.fromkeys(("train", held_out)):
         paths, labels = [], []
         folders = {p.rpartition("/")[2]: p for p in names(f"{base}/{name}") if fs.isdir(p)}
@@ -149,11 +154,13 @@ def folder(options: DataOptions, root: str, split: str) -> DataSet:
                 raise UserError(f"data.root: the class folder {path} has no images ({', '.join(SUFFIXES)})")
             paths += images
             labels += [classes.index(label)] * len(images)
-        found[name] = Files(root, [(path, None, None) for path in paths], labels, options.channels)
-    return _photographs(options, classes, found["train"], found[held_out], held_out)
+        parts[name] = Files(root, [(path, None, None) for path in paths], labels, options.channels)
+    return _stored_data_set(options, classes, parts["train"], parts[held_out], held_out)
 
 
-def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, held_out: Stored, split: str) -> DataSet:
+def _stored_data_set(
+    options: DataOptions, classes: Sequence[str], train: Stored, held_out: Stored, split: str
+) -> DataSet:
     mean, std = IMAGENET if options.channels == 3 else ((0.449,), (0.226,))
     description = describe(options.name, classes, options.size or 224, mean, std, train, held_out)
     return DataSet(replace(description, variable_size=True), train, held_out, split)
@@ -161,23 +168,23 @@ def _photographs(options: DataOptions, classes: Sequence[str], train: Stored, he
 
 def imagenet(options: DataOptions, root: str, split: str) -> DataSet:
     """An image folder; torchvision unpacks the original archives where only those are there."""
-    where = local_root(options, root) / "imagenet"
+    path = local_root(options, root) / "imagenet"
     archives = ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]
-    if not (where / "train").is_dir() or not (where / "val").is_dir():
-        if not all((where / archive).exists() for archive in archives):
+    if not (path / "train").is_dir() or not (path / "val").is_dir():
+        if not all((path / archive).exists() for archive in archives):
             raise UserError(
-                f"data.root: imagenet is not in {str(where)!r}: put train/ and val/ with a folder per class there, or "
+                f"data.root: imagenet is not in {str(path)!r}: put train/ and val/ with a folder per class there, or "
                 f"the archives {', '.join(archives)}, which need an account at image-net.org"
             )
         import torchvision
 
         try:
-            with FileLock(where / ".lock"):
+            with FileLock(path / ".lock"):
                 for part in ("train", "val"):
-                    torchvision.datasets.ImageNet(str(where), split=part)
+                    torchvision.datasets.ImageNet(str(path), split=part)
         except (OSError, RuntimeError, tarfile.TarError) as error:
-            raise UserError(f"data.root: imagenet in {str(where)!r} cannot be unpacked: {reason_of(error)}") from None
-    return folder(options, str(where), split)
+            raise UserError(f"data.root: imagenet in {str(path)!r} cannot be unpacked: {reason_of(error)}") from None
+    return folder(options, str(path), split)
 
 
 class Lmdb:
@@ -216,30 +223,30 @@ class Lmdb:
         return f"{self.folders[label]}:{key.decode(errors='replace')}"
 
     def fetch(self, indices: Sequence[int]) -> list[Encoded]:
-        found: dict[int, Encoded] = {}
+        images: dict[int, Encoded] = {}
         by_label = sorted(set(indices), key=lambda index: self.entries[index][0])
         for label, group in itertools.groupby(by_label, key=lambda index: self.entries[index][0]):
             with self._database(label) as transaction:
-                found.update((index, transaction.get(self.entries[index][1])) for index in group)
-        return [found[index] for index in indices]
+                images.update((index, transaction.get(self.entries[index][1])) for index in group)
+        return [images[index] for index in indices]
 
 
 def lsun(options: DataOptions, root: str, split: str) -> DataSet:
     """Every CATEGORY_train_lmdb in <root>/lsun is a class; CATEGORY_val_lmdb is held out."""
-    where = local_root(options, root) / "lsun"
-    classes = sorted(p.name.removesuffix("_train_lmdb") for p in where.glob("*_train_lmdb")) if where.is_dir() else []
+    path = local_root(options, root) / "lsun"
+    classes = sorted(p.name.removesuffix("_train_lmdb") for p in path.glob("*_train_lmdb")) if path.is_dir() else []
     if not classes:
         raise UserError(
-            f"data.root: no lsun in {str(where)!r}: unpack CATEGORY_train_lmdb.zip and CATEGORY_val_lmdb.zip there"
+            f"data.root: no lsun in {str(path)!r}: unpack CATEGORY_train_lmdb.zip and CATEGORY_val_lmdb.zip there"
         )
     held_out = choose_split(split, ["train", "val"], "lsun")
     parts = {}
     for name in dict.fromkeys(("train", held_out)):
-        folders = [where / f"{c}_{name}_lmdb" for c in classes]
-        if absent := [str(f) for f in folders if not f.is_dir()]:
-            raise UserError(f"data.root: lsun: {absent[0]} is missing: unpack it there")
+        folders = [path / f"{c}_{name}_lmdb" for c in classes]
+        if missing := [str(f) for f in folders if not f.is_dir()]:
+            raise UserError(f"data.root: lsun: {missing[0]} is missing: unpack it there")
         parts[name] = Lmdb(folders, options.channels)
-    return _photographs(options, classes, parts["train"], parts[held_out], held_out)
+    return _stored_data_set(options, classes, parts["train"], parts[held_out], held_out)
 
 
 def _index_shard(fs: Any, path: str) -> list[tuple[int, int, int]]:
@@ -265,9 +272,9 @@ def _index_shard(fs: Any, path: str) -> list[tuple[int, int, int]]:
                 elif suffix == "cls":
                     content = tar.extractfile(member)
                     labels[f"{folder}/{key}"] = int(content.read()) if content else -1
-            file.seek(tar.offset)  # tarfile takes a damaged header, and a cut between two files, for the end
+            file.seek(tar.offset)  # tarfile takes a corrupt header, and a cut between two files, for the end
             if (end := file.read(512)) != bytes(512):
-                raise ValueError(f"{'damaged' if end else 'cut short'} at byte {tar.offset}")
+                raise ValueError(f"{'corrupt' if end else 'cut short'} at byte {tar.offset}")
     except (tarfile.TarError, ValueError) as error:
         raise UserError(f"data.root: {path}: not a shard of KEY.jpg and KEY.cls: {error}") from None
     if unlabelled := sorted(set(images) - set(labels)):
@@ -292,8 +299,8 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
     parts = {}
     for name in dict.fromkeys(("train", held_out)):
         entries = [(path, *entry) for path in tars[name] for entry in _index_shard(fs, path)]
-        if wrong := [path for path, _, _, label in entries if label < 0]:
-            raise UserError(f"data.root: {wrong[0]}: has a label below 0")
+        if invalid := [path for path, _, _, label in entries if label < 0]:
+            raise UserError(f"data.root: {invalid[0]}: has a label below 0")
         locations = [(path, offset, offset + length) for path, offset, length, _ in entries]
         parts[name] = Files(root, locations, [label for *_, label in entries], options.channels)
     count = max((int(part.labels.max()) + 1 for part in parts.values() if len(part)), default=0)
@@ -303,4 +310,4 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
         classes = [c.strip() for c in classes if c.strip()]
         if len(classes) < count:
             raise UserError(f"data.root: classes.txt names {len(classes)} classes but labels go up to {count - 1}")
-    return _photographs(options, classes, parts["train"], parts[held_out], held_out)
+    return _stored_data_set(options, classes, parts["train"], parts[held_out], held_out)

@@ -41,9 +41,9 @@ class Crop:
 
     def _random_box(self, width: int, height: int, index: int, visit: int) -> tuple[float, float, float, float]:
         """8 to 100 % of the area in an aspect ratio of 3/4 to 4/3 (Szegedy et al. 2015)."""
-        chances = uniforms(self.seed, torch.tensor([index]), torch.tensor([visit]), "crop", 40)[0].tolist()
+        uniform = uniforms(self.seed, torch.tensor([index]), torch.tensor([visit]), "crop", 40)[0].tolist()
         for attempt in range(10):
-            area, ratio, x, y = chances[4 * attempt : 4 * attempt + 4]
+            area, ratio, x, y = uniform[4 * attempt : 4 * attempt + 4]
             area = (0.08 + 0.92 * area) * width * height
             ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -85,22 +85,22 @@ class Augment:
         if not self.random:
             return self.normalise(images)
         assert visits is not None
-        chances = uniforms(self.seed, ids, visits, "augment", 8).to(images.device)
+        uniform = uniforms(self.seed, ids, visits, "augment", 8).to(images.device)
         if self.pad_crop:
-            images = _pad_crop(images, self.pad_crop, chances[:, 0:2])
+            images = _pad_crop(images, self.pad_crop, uniform[:, 0:2])
         if self.flip:
-            images = torch.where((chances[:, 2] < 0.5)[:, None, None, None], images.flip(3), images)
+            images = torch.where((uniform[:, 2] < 0.5)[:, None, None, None], images.flip(3), images)
         floats = self.normalise(images)
-        return _erase(floats, self.erase, chances[:, 3:8]) if self.erase else floats
+        return _erase(floats, self.erase, uniform[:, 3:8]) if self.erase else floats
 
     def normalise(self, images: Tensor) -> Tensor:
         return images.to(self.dtype, memory_format=self.memory_format).mul_(self.scale).add_(self.shift)
 
 
-def _pad_crop(images: Tensor, pad: int, chances: Tensor) -> Tensor:
+def _pad_crop(images: Tensor, pad: int, uniform: Tensor) -> Tensor:
     height, width = images.shape[2:]
     padded = torch.nn.functional.pad(images, [pad] * 4)
-    offsets = (chances * (2 * pad + 1)).long()
+    offsets = (uniform * (2 * pad + 1)).long()
     device = images.device
     rows = offsets[:, 0, None] + torch.arange(height, device=device)
     columns = offsets[:, 1, None] + torch.arange(width, device=device)
@@ -108,15 +108,15 @@ def _pad_crop(images: Tensor, pad: int, chances: Tensor) -> Tensor:
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _erase(images: Tensor, probability: float, chances: Tensor) -> Tensor:
+def _erase(images: Tensor, probability: float, uniform: Tensor) -> Tensor:
     """Grey boxes of 2 to 33 % of the area in an aspect ratio of 0.3 to 3.3, cut off at the edges; in place."""
     height, width = images.shape[2:]
-    area = (0.02 + 0.31 * chances[:, 1]) * height * width
-    ratio = torch.exp((2 * chances[:, 2] - 1) * math.log(3.3))
+    area = (0.02 + 0.31 * uniform[:, 1]) * height * width
+    ratio = torch.exp((2 * uniform[:, 2] - 1) * math.log(3.3))
     half_h, half_w = (area * ratio).sqrt() / 2, (area / ratio).sqrt() / 2
     y = torch.arange(height, device=images.device) + 0.5
     x = torch.arange(width, device=images.device) + 0.5
-    inside_y = (y - chances[:, 3, None] * height).abs() < half_h[:, None]
-    inside_x = (x - chances[:, 4, None] * width).abs() < half_w[:, None]
-    mask = (chances[:, 0] < probability)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    inside_y = (y - uniform[:, 3, None] * height).abs() < half_h[:, None]
+    inside_x = (x - uniform[:, 4, None] * width).abs() < half_w[:, None]
+    mask = (uniform[:, 0] < probability)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
     return images.masked_fill_(mask[:, None], 0)  # out of place it would forget channels_last

@@ -12,7 +12,7 @@ from ..data.description import Description
 
 
 def halvings(data: Description, largest: int = 1024) -> tuple[int, int]:
-    """How often the images halve, and the size that is left, 4 to 7 pixels. Raises ValueError for sizes that do not."""
+    """How often the images halve, and the size that remains, 4 to 7 pixels. Raises ValueError for other sizes."""
     size, times = data.size, 0
     while size % 2 == 0 and size >= 8:
         size, times = size // 2, times + 1
@@ -60,10 +60,10 @@ class Generator(nn.Module):
         initialise(self)
 
     def features(self, z: Tensor) -> list[Tensor]:
-        found = [self.first(z[:, :, None, None])]
+        features = [self.first(z[:, :, None, None])]
         for stage in self.middle:
-            found.append(stage(found[-1]))
-        return found
+            features.append(stage(features[-1]))
+        return features
 
     def forward(self, z: Tensor) -> Tensor:
         return self.last(self.features(z)[-1])

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..randomness import Draws
 
-POLICIES = ("color", "translation", "cutout")
-
 
 def diff_augment(images: Tensor, policies: tuple[str, ...], draws: Draws, name: str) -> Tensor:
     """(B, C, H, W) in [-1, 1]: brightness, saturation and contrast; shifts by an eighth; a grey square of half a side.

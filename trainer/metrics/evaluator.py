@@ -42,7 +42,7 @@ class Judge:
             if self.data.mixture:
                 found |= modes.mixture_totals(images.flatten(1), self.data.mixture)
             elif isinstance(self.features, PerChannel):
-                counts = torch.bincount(self.features.found(images), minlength=self.features.modes).double()
+                counts = torch.bincount(self.features.mode_of(images), minlength=self.features.modes).double()
                 found |= {"modes": counts, "nearest": counts}
         return found
 

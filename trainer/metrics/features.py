@@ -40,14 +40,14 @@ class Pixels:
 
 
 class Penultimate:
-    """What the last linear layer of a classifier sees, and the classes that it makes of it."""
+    """The input of the last linear layer of a classifier, and the class probabilities."""
 
     def __init__(self, network: nn.Module, data: Description, label: str) -> None:
         self.network, self.data, self.label = network.eval().requires_grad_(False).float(), data, label
-        last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
-        self.dimensions, self.classes = last.in_features, last.out_features
-        self.seen: list[Tensor] = []
-        last.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
+        last_linear = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+        self.dimensions, self.classes = last_linear.in_features, last_linear.out_features
+        self.inputs: list[Tensor] = []
+        last_linear.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
         mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
         self.scale, self.shift = 0.5 / std, (0.5 - mean) / std  # from [-1, 1] to what the network was trained on
 
@@ -56,7 +56,7 @@ class Penultimate:
         if images.shape[-1] != self.data.size:
             images = F.interpolate(images, size=(self.data.size,) * 2, mode="bilinear", antialias=True)
         logits = self.network.to(images.device)(images * self.scale.to(images.device) + self.shift.to(images.device))
-        return self.seen.pop().float().flatten(1), logits.float().softmax(1)
+        return self.inputs.pop().float().flatten(1), logits.float().softmax(1)
 
 
 class PerChannel:
@@ -70,7 +70,7 @@ class PerChannel:
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         return self.grey(images.flatten(0, 1)[:, None])[0].view(len(images), -1), None
 
-    def found(self, images: Tensor) -> Tensor:
+    def mode_of(self, images: Tensor) -> Tensor:
         """The mode (B,) of each image: its digits as one number."""
         digits = self.grey(images.flatten(0, 1)[:, None])[1].argmax(1).view(len(images), self.channels)
         places = self.grey.classes ** torch.arange(self.channels - 1, -1, -1, device=images.device)
@@ -78,7 +78,7 @@ class PerChannel:
 
 
 class Inception:
-    """The features that FID is named after (Szegedy et al. 2016, Heusel et al. 2017), from weights that the user has.
+    """The features that FID is named after (Szegedy et al. 2016, Heusel et al. 2017), from the user's file of weights.
 
     The network and its resizing are torch-fidelity's, which reproduce the original's values.
     """

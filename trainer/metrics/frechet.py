@@ -1,7 +1,7 @@
 """Scores of generated samples from features: tensor math that knows nothing of networks, files or ranks.
 
 What a batch adds is a dict of float64 sums, to be added over batches and ranks and turned into a score once; KID and
-the neighbour scores need every row at once and take whole tables, `(N, d)`, one row a sample. Hence no score depends on
+the neighbour scores need every row at once and take tables, `(N, d)`, one row a sample. Hence no score depends on
 how the samples were split. Features that are not finite make a score nan, or lie outside every ball: a generator that
 diverged scores badly and stops nothing.
 """
@@ -73,7 +73,7 @@ def expected_distance(real: Gaussian) -> float:
 
 
 def diversity(real: Gaussian, fake: Gaussian) -> float:
-    """sqrt(Tr S_fake / Tr S_real): 1 when the fakes vary as much as the real samples, 0 when they are all alike."""
+    """sqrt(Tr S_fake / Tr S_real): 1 when the fakes vary as much as the real samples, 0 when they are identical."""
     return (fake.covariance.trace() / real.covariance.trace()).clamp(min=0).sqrt().item()
 
 

@@ -1,4 +1,4 @@
-"""How many of the modes that are known to be there a generator has found."""
+"""How many of the known modes of a data set a generator covers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mixture_totals(points: Tensor, mixture: Mixture) -> Totals:
 
 
 def report(totals: Totals) -> dict[str, float]:
-    """Modes with a sample of high quality, the share of such samples, and KL(generated || all modes alike) in nats."""
+    """Modes with a sample of high quality, the share of such samples, and KL(generated || uniform) in nats."""
     high, nearest = totals["modes"], totals["nearest"]
     shares = nearest / nearest.sum()
     return {

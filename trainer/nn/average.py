@@ -18,8 +18,8 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Move towards `network`; early steps move faster, so that the start is soon forgotten."""
+        """Move towards `network`; early steps move faster, so that the initial weights do not last."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        for averaged, current in zip(self.module.buffers(), network.buffers(), strict=True):
+            averaged.copy_(current)

@@ -12,25 +12,25 @@ from ..randomness import Draws
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) of elements, or with `whole` of channels, rows ('row') or all ('batch')."""
+    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'."""
 
-    def __init__(self, probability: float, name: str, whole: str = "") -> None:
+    def __init__(self, probability: float, name: str, mode: str = "") -> None:
         super().__init__()
-        self.probability, self.name, self.whole = probability, name, whole
+        self.probability, self.name, self.mode = probability, name, mode
         self.draws: Draws | None = None
 
     def extra_repr(self) -> str:
-        return f"p={self.probability}, {self.whole or 'elements'}"
+        return f"p={self.probability}, {self.mode or 'elements'}"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.probability:
             return x
         assert self.draws is not None, "call the network inside `with drawing(network, draws)`"
         keep = 1 - self.probability
-        if self.whole == "batch":
+        if self.mode == "batch":
             return x / keep if self.draws.shared(self.name).random() < keep else x * 0
         ones = [1] * (x.dim() - 1)
-        shape = {"": list(x.shape[1:]), "channels": [x.shape[1], *ones[1:]], "row": ones}[self.whole]
+        shape = {"": list(x.shape[1:]), "channels": [x.shape[1], *ones[1:]], "row": ones}[self.mode]
         return x * ((self.draws.uniform(self.name, shape) < keep).to(x.dtype) / keep)
 
 
@@ -38,29 +38,30 @@ def use_draws(network: nn.Module) -> nn.Module:
     """Replace every dropout and stochastic depth below `network` by ours, in place."""
     for path, parent in list(network.named_modules()):
         for name, child in list(parent.named_children()):
-            where = f"{path}.{name}"
+            full_name = f"{path}.{name}"
             if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p, where))
+                setattr(parent, name, Dropout(child.p, full_name))
             elif type(child) in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
-                setattr(parent, name, Dropout(child.p, where, "channels"))
+                setattr(parent, name, Dropout(child.p, full_name, "channels"))
             elif type(child).__name__ == "StochasticDepth":  # torchvision's, not imported for its name alone
-                setattr(parent, name, Dropout(child.p, where, child.mode))
+                setattr(parent, name, Dropout(child.p, full_name, child.mode))
     return network
 
 
-_dropouts: WeakKeyDictionary[nn.Module, list[Dropout]] = WeakKeyDictionary()  # walking a network takes 20 microseconds
+# Kept, since walking a network takes 20 microseconds.
+_dropouts_of: WeakKeyDictionary[nn.Module, list[Dropout]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def drawing(network: nn.Module, draws: Draws) -> Iterator[None]:
     """Give the dropouts of a network their draws for one forward pass."""
-    found = _dropouts.get(network)
-    if found is None:
-        found = _dropouts[network] = [module for module in network.modules() if isinstance(module, Dropout)]
-    for module in found:
+    dropouts = _dropouts_of.get(network)
+    if dropouts is None:
+        dropouts = _dropouts_of[network] = [module for module in network.modules() if isinstance(module, Dropout)]
+    for module in dropouts:
         module.draws = draws
     try:
         yield
     finally:
-        for module in found:
+        for module in dropouts:
             module.draws = None

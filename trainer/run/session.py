@@ -302,7 +302,7 @@ class Run:
         tracker.note(f"  metrics     {here}/metrics")
         if tracker.records:
             tracker.note(f"  pictures    {here}/samples/*.png")
-        for line in goodput.table() if goodput.lives > 1 else ():
+        for line in goodput.table() if goodput.attempts > 1 else ():
             tracker.note(line)
         _print_result(result)
         return 1 if unsaved else _exit_code(outcome)

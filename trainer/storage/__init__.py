@@ -1,1 +1,1 @@
-"""Whole objects at URLs, and what a run keeps there: checkpoints, metric log, lease, goodput."""
+"""Objects at URLs, and what a run keeps there: checkpoints, metric log, lease, goodput."""

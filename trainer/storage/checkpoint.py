@@ -3,8 +3,8 @@
     checkpoints/step-00001000/weights.safetensors optimizer.safetensors [lanes.safetensors] state.json MANIFEST.json
 
 Data first; the manifest, with size and sha256 of every file, last. No rename is needed, so one protocol holds for local
-disks and object stores alike. A folder without a manifest is a save that did not finish, and is never read. A folder
-that fails its own manifest is set aside (DAMAGED.json takes the manifest's place) and the checkpoint before it is used.
+disks and for object stores. A folder without a manifest is a save that did not finish, and is never read. A folder
+that fails its own manifest is quarantined (DAMAGED.json takes the manifest's place) and the one before it is used.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class CheckpointStore:
 
     def folders(self) -> list[int]:
         """Steps with a folder, finished or not, oldest first."""
-        found = (re.fullmatch(r"step-(\d{8,})", name) for name in self.storage.list())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (re.fullmatch(r"step-(\d{8,})", name) for name in self.storage.list())
+        return sorted(int(match[1]) for match in matches if match)
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
@@ -67,14 +67,14 @@ class CheckpointStore:
 
     def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
         """Write and commit; raises StorageError. A committed checkpoint of that step is left as it is."""
-        here = folder(step)
-        if self.storage.exists(f"{here}/{MANIFEST}"):
+        path = folder(step)
+        if self.storage.exists(f"{path}/{MANIFEST}"):
             return
-        self.storage.delete_tree(here)  # leftovers of a save that did not finish, or was set aside
+        self.storage.delete_tree(path)  # what is left of a save that did not finish, or that was quarantined
         files: dict[str, dict[str, Any]] = {}
 
         def put(name: str, data: bytes) -> None:
-            self.storage.write(f"{here}/{name}", data)
+            self.storage.write(f"{path}/{name}", data)
             files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
         for name, tensors in groups.items():
@@ -83,13 +83,13 @@ class CheckpointStore:
         manifest = {
             "format": FORMAT, "step": step, "files": files, "trainer": __version__, "torch": torch.__version__,
         }  # fmt: skip
-        self.storage.write(f"{here}/{MANIFEST}", json.dumps(manifest, indent=1).encode(), create=True)
+        self.storage.write(f"{path}/{MANIFEST}", json.dumps(manifest, indent=1).encode(), create=True)
 
     def in_background(self, work: Callable[[], None]) -> None:
         """Run a save in a thread; at most one is in flight, so this waits for the one before."""
         self.wait()
 
-        def guarded() -> None:
+        def run() -> None:
             started = time.monotonic()
             try:
                 work()
@@ -97,7 +97,7 @@ class CheckpointStore:
             except Exception as error:
                 self._failure = error
 
-        self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
@@ -116,7 +116,7 @@ class CheckpointStore:
     def _manifest(self, step: int) -> dict[str, dict[str, Any]]:
         try:
             manifest = json.loads(self.storage.read(f"{folder(step)}/{MANIFEST}"))
-            if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:  # sound, so not to be set aside
+            if isinstance(manifest["format"], int) and manifest["format"] > FORMAT:  # not corrupt: do not quarantine it
                 raise StorageError(
                     f"{self.storage}/{folder(step)} has format {manifest['format']}, written by trainer "
                     f"{manifest.get('trainer')}; this is trainer {__version__}, which reads format {FORMAT}: update it"
@@ -136,7 +136,7 @@ class CheckpointStore:
 
     def _read(self, step: int, name: str, expected: dict[str, Any]) -> bytes:
         problem = ""
-        for _ in range(2):  # what a transfer spoiled is whole the second time, and must not condemn the checkpoint
+        for _ in range(2):  # a transfer error is gone the second time, and must not quarantine the checkpoint
             try:
                 data = self.storage.read(f"{folder(step)}/{name}", deadline=self.storage.timeout_for(expected["size"]))
             except StorageError as error:
@@ -159,7 +159,7 @@ class CheckpointStore:
             return 0
 
     def digest(self, step: int, group: str = "weights") -> str:
-        """The sha256 of a group of tensors, as hexadecimal digits; raises Damaged."""
+        """The sha256 of a group of tensors, as hexadecimal digits; raises CorruptCheckpoint."""
         try:
             return str(self._manifest(step)[f"{group}.safetensors"]["sha256"])
         except KeyError:
@@ -171,7 +171,7 @@ class CheckpointStore:
         self.storage.delete_tree(folder(step))
 
     def verify(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint, a line per file; empty when it is sound."""
+        """What is wrong with a checkpoint, a line per file; empty when it is valid."""
         try:
             files = self._manifest(step)
         except CorruptCheckpoint as error:
@@ -185,14 +185,14 @@ class CheckpointStore:
         return problems
 
     def load(self, step: int, groups: Iterable[str] | None = None) -> Checkpoint:
-        """Read and verify all of a checkpoint, or only some groups of it; raises Damaged."""
+        """Read and verify all of a checkpoint, or only some groups of it; raises CorruptCheckpoint."""
         files = self._manifest(step)
-        wanted = None if groups is None else {f"{name}.safetensors" for name in groups} | {STATE}
+        if groups is not None:
+            selected = {f"{name}.safetensors" for name in groups} | {STATE}
+            files = {name: expected for name, expected in files.items() if name in selected}
         loaded: Groups = {}
         state: dict[str, Any] = {}
         for name, expected in files.items():
-            if wanted is not None and name not in wanted:
-                continue
             data = self._read(step, name, expected)
             if name == STATE:
                 state = json.loads(data)
@@ -201,40 +201,43 @@ class CheckpointStore:
         return Checkpoint(step, loaded, state)
 
     def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest sound checkpoint; damaged ones are set aside. None where nothing was ever committed.
+        """The newest valid checkpoint; corrupt ones are quarantined. None where nothing was ever committed.
 
-        Raises Damaged when there were checkpoints and none is sound, since starting afresh would lose the run silently.
+        Raises CorruptCheckpoint when there were checkpoints and none is valid, since starting from scratch would lose
+        the run silently.
         """
         committed = self.steps()
         for step in reversed(committed):
             try:
                 return self.load(step)
             except CorruptCheckpoint as error:
-                report(f"checkpoint {folder(step)} is damaged ({error}): set aside, taking the one before")
+                report(f"checkpoint {folder(step)} is corrupt ({error}): quarantined, using the one before")
                 self.quarantine(step, str(error))
-        lost = committed or [s for s in self.folders() if self.storage.exists(f"{folder(s)}/{QUARANTINED}")]
-        if lost:
-            raise CorruptCheckpoint(f"no sound checkpoint is left in {self.storage}: {len(lost)} set aside as damaged")
+        corrupt = committed or [s for s in self.folders() if self.storage.exists(f"{folder(s)}/{QUARANTINED}")]
+        if corrupt:
+            raise CorruptCheckpoint(
+                f"no valid checkpoint is left in {self.storage}: {len(corrupt)} quarantined as corrupt"
+            )
         return None
 
     def quarantine(self, step: int, reason: str) -> None:
-        """Turn a damaged checkpoint into one that does not exist; its files stay for a post-mortem."""
+        """Turn a corrupt checkpoint into one that does not exist; its files stay for a post-mortem."""
         self.storage.write(f"{folder(step)}/{QUARANTINED}", json.dumps({"step": step, "reason": reason}).encode())
         self.storage.delete(f"{folder(step)}/{MANIFEST}")
 
     def prune(self, keep: int, protected: Callable[[int], bool] = lambda step: False) -> list[int]:
         """Delete all but the newest `keep` (1 or more) and the protected ones; returns what was deleted.
 
-        Goes with them what a killed save or prune has left behind; those that were set aside stay.
+        What a killed save or prune left behind is deleted too; quarantined checkpoints stay.
         """
         assert keep > 0, keep
         committed = self.steps()
-        doomed = [step for step in committed[:-keep] if not protected(step)]
-        for step in doomed:
+        expired = [step for step in committed[:-keep] if not protected(step)]
+        for step in expired:
             self.remove(step)
         for step in self.folders():
             # one that is newer than the newest may be a save in flight
             leftover = step not in committed and step < max(committed, default=0)
             if leftover and not self.storage.exists(f"{folder(step)}/{QUARANTINED}"):
                 self.storage.delete_tree(folder(step))
-        return doomed
+        return expired

@@ -1,7 +1,7 @@
-"""One live job per run directory: a lease that its owner keeps beating.
+"""One live job per run directory: a lease that its owner keeps renewing.
 
 A lease whose owner is a dead process of this machine is taken over at once, and so is one of this Slurm job from before
-it was requeued; any other is watched, and taken over when its heartbeat stands still. Comparing heartbeats with each
+it was requeued; any other is watched, and taken over when its heartbeat has stopped. Comparing heartbeats with each
 other needs no synchronised clocks.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from .objects import Storage, StorageError
 
 NAME = "lease.json"
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 WATCH_SECONDS = 35.0
 SETTLE_SECONDS = 0.3  # of two jobs that take over a lease at the same moment, the later one has written by then
 
@@ -29,7 +29,7 @@ class LeaseHeld(Exception):
 
 
 def _start_time(pid: int) -> str | None:
-    """What tells a process from a later one with its number; None when it is gone."""
+    """What distinguishes a process from a later one with the same number; None when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -38,7 +38,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def _machine() -> str | None:
-    """Where a process number means the same process: this boot and this container. None where nothing tells."""
+    """Where a process number means the same process: this boot and this container. None where that is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -47,7 +47,7 @@ def _machine() -> str | None:
 
 
 class Lease:
-    """`acquire` before the first write, `release` after the last; `lost` tells that another job has taken it over."""
+    """`acquire` before the first write, `release` after the last; `lost` means that another job has taken it over."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -61,7 +61,7 @@ class Lease:
             "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
         }
         self.lost = False
-        self._beat = 0
+        self._heartbeat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -73,37 +73,37 @@ class Lease:
             if not error.exists:
                 raise
             self._take_over(self._read())
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
     def release(self) -> None:
-        """Give back what is still one's own."""
+        """Delete the lease if it is still this job's."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(2 * BEAT_SECONDS)
+            self._thread.join(2 * HEARTBEAT_SECONDS)
             try:
-                if self._read(BEAT_SECONDS).get("id") == self._owner["id"]:
-                    self._storage.delete(NAME, deadline=BEAT_SECONDS)
+                if self._read(HEARTBEAT_SECONDS).get("id") == self._owner["id"]:
+                    self._storage.delete(NAME, deadline=HEARTBEAT_SECONDS)
             except StorageError:
                 return  # the next job will see that this process is gone
 
     def _content(self) -> bytes:
-        self._beat += 1
-        return json.dumps({**self._owner, "beat": self._beat}).encode()
+        self._heartbeat += 1
+        return json.dumps({**self._owner, "beat": self._heartbeat}).encode()
 
     def _read(self, deadline: float | None = None) -> dict[str, Any]:
         try:
-            found = json.loads(self._storage.read(NAME, deadline=deadline))
+            holder = json.loads(self._storage.read(NAME, deadline=deadline))
         except StorageError as error:
             if error.missing:
                 return {}
             raise
         except ValueError:
             return {}
-        return found if isinstance(found, dict) else {}
+        return holder if isinstance(holder, dict) else {}
 
     def _alive(self, holder: dict[str, Any]) -> bool:
-        """Whether the holder lives; where only its heartbeat can tell, this watches for WATCH_SECONDS."""
+        """Whether the holder is alive; where only its heartbeat shows that, this watches it for WATCH_SECONDS."""
         pid = holder.get("pid")
         if not isinstance(pid, int):
             return False  # released in the meantime, or nothing that a job has written
@@ -112,16 +112,16 @@ class Lease:
         same_job = holder.get("job") is not None and holder["job"] == self._owner["job"]
         if same_job and holder.get("restarts") != self._owner["restarts"]:
             return False  # Slurm ends a job everywhere before it starts it again
-        return not self._stands_still(holder)
+        return not self._heartbeat_stopped(holder)
 
-    def _stands_still(self, holder: dict[str, Any]) -> bool:
+    def _heartbeat_stopped(self, holder: dict[str, Any]) -> bool:
         deadline = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, BEAT_SECONDS))
-            now = self._read()
-            if not now:
+            time.sleep(min(1.0, HEARTBEAT_SECONDS))
+            current = self._read()
+            if not current:
                 return True  # released
-            if (now.get("id"), now.get("beat")) != (holder.get("id"), holder.get("beat")):
+            if (current.get("id"), current.get("beat")) != (holder.get("id"), holder.get("beat")):
                 return False
         return True
 
@@ -133,12 +133,12 @@ class Lease:
         if self._read().get("id") != self._owner["id"]:
             raise LeaseHeld("another job that started at the same moment")
 
-    def _keep(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
+    def _renew(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                if self._read(BEAT_SECONDS).get("id", self._owner["id"]) != self._owner["id"]:
-                    self.lost = True  # this process stood still for so long that another job took it for dead
+                if self._read(HEARTBEAT_SECONDS).get("id", self._owner["id"]) != self._owner["id"]:
+                    self.lost = True  # this process was suspended for so long that another job took it for dead
                     return
-                self._storage.write(NAME, self._content(), deadline=BEAT_SECONDS)
+                self._storage.write(NAME, self._content(), deadline=HEARTBEAT_SECONDS)
             except StorageError:
-                continue  # a late beat is no reason to stop training
+                continue  # a late heartbeat is no reason to stop training

@@ -1,7 +1,7 @@
 """The metric log of a run: JSON lines, the source of truth.
 
 It is cut into segments at checkpoints (`metrics/00001000.jsonl` holds what came after step 1000), so that resuming
-deletes the segments from there on and writes them again: a step is never lost and never there twice.
+deletes the segments from there on and writes them again: no step is lost or logged twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MetricLog:
     """JSON lines in segments below `metrics/`.
 
     A local segment is written line by line. One that is remote, or whose local file failed, is held in memory and
-    written as a whole by `flush`, until that succeeds.
+    rewritten completely by `flush`, until that succeeds.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -44,8 +44,8 @@ class MetricLog:
         return f"metrics/{segment:08d}.jsonl"
 
     def segments(self) -> list[int]:
-        found = (re.fullmatch(r"(\d{8,})\.jsonl", name) for name in self._storage.list("metrics"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (re.fullmatch(r"(\d{8,})\.jsonl", name) for name in self._storage.list("metrics"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def read(self, segment: int) -> list[dict[str, Any]]:
         """The records of a segment; a torn last line is left out."""
@@ -56,7 +56,7 @@ class MetricLog:
         return [record for segment in self.segments() if segment < step for record in self.read(segment)]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Start after `step`: forget what came later and return what came before."""
+        """Start after `step`: delete what came later and return what came before."""
         records = self.before(step)
         for segment in self.segments():
             if segment >= step:
@@ -114,8 +114,8 @@ class MetricLog:
             for segment in sorted(self._unsaved):
                 lines = self._unsaved[segment]
                 self._storage.write(self._name(segment), "".join(lines).encode())
-                # Appending replaces the list, so this tells whether something was added meanwhile. A local segment
-                # that is still growing stays here: its file was replaced.
+                # Appending replaces the list, so a different list means that something was added meanwhile. A local
+                # segment that is still growing stays in memory: its file was replaced.
                 if self._unsaved[segment] is lines and not (self._storage.local and segment == self._segment):
                     del self._unsaved[segment]
 
@@ -132,7 +132,7 @@ def _close(file: IO[str]) -> None:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON can hold it, which knows no nan and no infinity."""
+    """The record as JSON can hold it, which has neither nan nor infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 

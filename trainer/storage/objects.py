@@ -36,17 +36,17 @@ _EXTRAS = {
     **{"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "sftp": "ssh", "ssh": "ssh"},
     **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
 }
-_FINAL = (
+_PERMANENT = (  # errors that a retry would not change
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError,
     ValueError, TypeError, AttributeError, LookupError, NotImplementedError,
 )  # fmt: skip
-_FINAL_NAMES = {"NoCredentialsError", "ParamValidationError", "ProfileNotFound", "ClientAuthenticationError"}
+_PERMANENT_NAMES = {"NoCredentialsError", "ParamValidationError", "ProfileNotFound", "ClientAuthenticationError"}
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 SLOWEST_BYTES_PER_SECOND = 2e6  # a deadline grows by this, or a large file could never be moved
 
 
 class StorageError(Exception):
-    """Storage did not do what was asked; `missing` tells that the object is not there."""
+    """Storage failed; `missing` means that the object does not exist, `exists` that it does, which `create` refuses."""
 
     def __init__(self, message: str, *, missing: bool = False, exists: bool = False) -> None:
         super().__init__(message)
@@ -56,28 +56,30 @@ class StorageError(Exception):
 
 def redact(url: str) -> str:
     """The URL without user names, passwords and query (which may hold a signature)."""
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, location = url.partition("://")
     if not separator:
         return url
-    rest, question, _ = rest.partition("?")
-    host, slash, path = rest.partition("/")
+    location, question, _ = location.partition("?")
+    host, slash, path = location.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{'?...' if question else ''}"
 
 
 def _secrets(url: str) -> set[str]:
     """What an error of another library must not repeat from the URL."""
-    rest, _, query = url.partition("://")[2].partition("?")
-    user = rest.partition("/")[0].rpartition("@")[0]
+    location, _, query = url.partition("://")[2].partition("?")
+    user = location.partition("/")[0].rpartition("@")[0]
     password = user.partition(":")[2]
     return {query, password, unquote(password)} - {""}
 
 
 def _retryable(error: BaseException) -> bool:
-    return isinstance(error, Exception) and not isinstance(error, _FINAL) and type(error).__name__ not in _FINAL_NAMES
+    if not isinstance(error, Exception) or isinstance(error, _PERMANENT):
+        return False
+    return type(error).__name__ not in _PERMANENT_NAMES
 
 
-def _bounded(call: Callable[[], T], seconds: float, of: float) -> T:
-    """Run a call that may hang, in a thread that may be abandoned; `seconds` are what is left of a deadline."""
+def _with_timeout(call: Callable[[], T], seconds: float, deadline: float) -> T:
+    """Run a call that may hang, in a thread that may be abandoned; `seconds` are what is left of the `deadline`."""
     result: list[T] = []
     failure: list[BaseException] = []
 
@@ -91,7 +93,7 @@ def _bounded(call: Callable[[], T], seconds: float, of: float) -> T:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"no answer within {of:g} s")
+        raise TimeoutError(f"no answer within {deadline:g} s")
     if failure:
         raise failure[0]
     return result[0]
@@ -133,11 +135,11 @@ class Storage:
 
         try:
             lazy = self._in_process or self._object_store
-            self._fs, self._root = connect() if lazy else _bounded(connect, deadline, deadline)
+            self._fs, self._root = connect() if lazy else _with_timeout(connect, deadline, deadline)
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
-            way_out = f": pip install 'trainer[{extra}]'" if extra else ""
-            raise StorageError(f"{self}: {protocol}:// needs another package{way_out} ({error})") from None
+            hint = f": pip install 'trainer[{extra}]'" if extra else ""
+            raise StorageError(f"{self}: {protocol}:// needs another package{hint} ({error})") from None
         except ValueError as error:
             raise StorageError(
                 f"{self}: not a URL that can be used: {self._reason(error)}; "
@@ -169,7 +171,8 @@ class Storage:
             line = line.replace(secret, "***")
         return f"{type(error).__name__}: {line}"
 
-    def _do(self, verb: str, name: str, call: Callable[[], T], deadline: float | None = None) -> T:
+    def _retried(self, verb: str, name: str, call: Callable[[], T], deadline: float | None = None) -> T:
+        """The result of a call, retried until the deadline; raises StorageError."""
         seconds = deadline or self.deadline
         end = time.monotonic() + seconds
         retrying = tenacity.Retrying(
@@ -180,7 +183,7 @@ class Storage:
         )
 
         def attempt() -> T:
-            return call() if self._in_process else _bounded(call, max(0.0, end - time.monotonic()), seconds)
+            return call() if self._in_process else _with_timeout(call, max(0.0, end - time.monotonic()), seconds)
 
         try:
             return retrying(attempt)
@@ -192,14 +195,15 @@ class Storage:
             ) from error
 
     def read(self, name: str, *, deadline: float | None = None) -> bytes:
-        return self._do("read", name, lambda: bytes(self._fs.cat_file(self._path(name))), deadline)
+        return self._retried("read", name, lambda: bytes(self._fs.cat_file(self._path(name))), deadline)
 
     def write(self, name: str, data: bytes, *, create: bool = False, deadline: float | None = None) -> None:
-        """Write a whole object durably, so that it is there in full or not at all. `create` refuses to overwrite."""
+        """Write an object durably and atomically. `create` refuses to overwrite."""
         call = self._write_file if self.local else self._write_object
-        self._do("write", name, lambda: call(self._path(name), data, create), deadline or self.timeout_for(len(data)))
+        deadline = deadline or self.timeout_for(len(data))
+        self._retried("write", name, lambda: call(self._path(name), data, create), deadline)
 
-    def _there(self, path: str) -> bool:
+    def _exists(self, path: str) -> bool:
         """fsspec's own `exists` takes any error for a no on some backends, which would hide every checkpoint."""
         try:
             self._fs.info(path)
@@ -223,23 +227,23 @@ class Storage:
         try:
             self._fs.pipe_file(path, data, mode="create")
         except TypeError:  # a backend without create-only writes
-            if self._there(path):
+            if self._exists(path):
                 raise FileExistsError(path) from None
             self._fs.pipe_file(path, data)
         except OSError as error:  # some S3 servers answer a failed If-None-Match with EINVAL
-            if not self._there(path):
+            if not self._exists(path):
                 raise
             if bytes(self._fs.cat_file(path)) == data:
-                return  # an earlier try was carried out, and only its answer was lost
+                return  # an earlier attempt succeeded, and only its answer was lost
             raise FileExistsError(path) from error
 
     @staticmethod
     def _write_file(path: str, data: bytes, create: bool) -> None:
         target = Path(path)
-        new = [folder for folder in target.parents if not folder.exists()]
+        new_folders = [folder for folder in target.parents if not folder.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # would read as: the object is there
+        except FileExistsError:  # would read as: the object exists
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(target.parent)) from None
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -250,7 +254,8 @@ class Storage:
                 temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        for folder in (target.parent, *(folder.parent for folder in new)):  # a new folder is an entry in the one above
+        # A new folder is an entry in the one above it.
+        for folder in (target.parent, *(folder.parent for folder in new_folders)):
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -258,42 +263,42 @@ class Storage:
                 os.close(descriptor)
 
     def exists(self, name: str) -> bool:
-        return self._do("look for", name, lambda: self._there(self._path(name)))
+        return self._retried("look for", name, lambda: self._exists(self._path(name)))
 
     def list(self, name: str = "") -> list[str]:
         """Names of the files and folders directly below, sorted; empty where there is nothing."""
 
         def call() -> list[str]:
             try:
-                found = {str(path).rstrip("/") for path in self._fs.ls(self._path(name), detail=False)}
+                paths = {str(path).rstrip("/") for path in self._fs.ls(self._path(name), detail=False)}
             except FileNotFoundError:
                 return []
             # some object stores keep a marker for a folder, which shows in its own listing
-            return sorted({path.rpartition("/")[2] for path in found - {self._path(name).rstrip("/")}})
+            return sorted({path.rpartition("/")[2] for path in paths - {self._path(name).rstrip("/")}})
 
-        names = self._do("list", name, call)
+        names = self._retried("list", name, call)
         return [n for n in names if not n.endswith(".tmp")]
 
     def delete(self, name: str, *, deadline: float | None = None) -> None:
-        """Delete an object; one that is not there is fine."""
+        """Delete an object; one that does not exist is no error."""
 
         def call() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
 
-        self._do("delete", name, call, deadline)
+        self._retried("delete", name, call, deadline)
 
     def delete_tree(self, name: str) -> None:
         def call() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(self._path(name), recursive=True)
 
-        self._do("delete", name, call)
+        self._retried("delete", name, call)
 
     def probe(self, deadline: float = 30.0) -> None:
         """Write, list, read and delete a small object, so that missing rights show before training starts."""
         name, data = f".probe-{uuid.uuid4().hex}", b"trainer"
-        patient, self.deadline = self.deadline, deadline
+        usual_deadline, self.deadline = self.deadline, deadline
         try:
             self.write(name, data)
             if name not in self.list():
@@ -302,4 +307,4 @@ class Storage:
                 raise StorageError(f"cannot trust {self}: a file that was just written reads back differently")
             self.delete(name)
         finally:
-            self.deadline = patient
+            self.deadline = usual_deadline

@@ -18,7 +18,7 @@ FIRST = (  # panels of a GAN, most telling first
     "discriminator_accuracy", "distance", "k", "code_generated_accuracy", "precision", "recall", "coverage",
     "diversity",
 )  # fmt: skip
-TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the whole grid
+TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the grid
 
 
 def _figure(width: float, height: float) -> Any:
@@ -71,40 +71,39 @@ def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[st
     figure = _figure(4.2 * columns, 2.8 * rows + 0.3)
     _title(figure, title, 12)
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
-        shown: list[float] = []
-        for kind, color, label in (("train", BLUE, "training"), ("evaluate", ORANGE, "held out")):
-            points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
-            finite = [value for _, value in points if math.isfinite(value)]
-            if finite:
-                marker = "o" if kind == "evaluate" or len(finite) < 3 else None
-                axes.plot(
-                    *zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.3
-                )
-            shown += finite
-        if name in bands and shown:
-            axes.axhspan(*bands[name], color=GREEN, alpha=0.12, label="usual when stable")
-        metric, at, features = name.partition("@")
-        axes.set_title(_short(metric.replace("_", " ") + at + features, 34), fontsize=10)
-        axes.set_xlabel("epoch", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if name.startswith("fid@") and (floor := records[-1].get(name.replace("fid@", "fid_floor@"))):
-            axes.axhline(floor, color=GREY, linewidth=1, linestyle="--", label="real against real")
-        if (
-            (name.endswith("loss") or name.startswith("fid@"))
-            and shown
-            and min(shown) > 0
-            and max(shown) > 20 * min(shown)
-        ):
-            axes.set_yscale("log")
-        if not shown:
-            axes.text(0.5, 0.5, "no finite value", ha="center", color=GREY, transform=axes.transAxes)
-        if len(axes.lines) + len(axes.patches) > 1:
-            axes.legend(fontsize=8, frameon=False)
+        _plot_metric(axes, name, records, bands.get(name))
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
     return _png(figure)
+
+
+def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], usual_range: tuple[float, float] | None) -> None:
+    """One panel of the learning curves."""
+    values: list[float] = []
+    for kind, color, label in (("train", BLUE, "training"), ("evaluate", ORANGE, "held out")):
+        points = [(r["epoch"], r[name]) for r in records if r["kind"] == kind and name in r]
+        finite = [value for _, value in points if math.isfinite(value)]
+        if finite:
+            marker = "o" if kind == "evaluate" or len(finite) < 3 else None
+            axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.3)
+        values += finite
+    if usual_range and values:
+        axes.axhspan(*usual_range, color=GREEN, alpha=0.12, label="usual when stable")
+    if name.startswith("fid@") and (floor := records[-1].get(name.replace("fid@", "fid_floor@"))):
+        axes.axhline(floor, color=GREY, linewidth=1, linestyle="--", label="real against real")
+    spans_decades = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+    if spans_decades and (name.endswith("loss") or name.startswith("fid@")):
+        axes.set_yscale("log")
+    if not values:
+        axes.text(0.5, 0.5, "no finite value", ha="center", color=GREY, transform=axes.transAxes)
+    metric, at, features = name.partition("@")
+    axes.set_title(_short(metric.replace("_", " ") + at + features, 34), fontsize=10)
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(axes.lines) + len(axes.patches) > 1:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def render(picture: Figure) -> bytes:
@@ -241,7 +240,7 @@ def plain(image: Tensor) -> bytes:
 
 def from_samples(samples: Tensor, title: str) -> Figure:
     """Generated images (N, C, H, W) in [-1, 1] as a grid; points as points."""
-    shown = samples.float().cpu() * 0.5 + 0.5
-    return (
-        Points(shown[:0].flatten(1), shown.flatten(1), title) if shown.shape[-1] == 1 else ImageGrid(shown, (), title)
-    )
+    images = samples.float().cpu() * 0.5 + 0.5
+    if images.shape[-1] == 1:
+        return Points(images[:0].flatten(1), images.flatten(1), title)
+    return ImageGrid(images, (), title)
