@@ -367,7 +367,7 @@ class Engine:
 
     def outcome(self, status: str, clock: Clock) -> Outcome:
         signals = [*filter(None, self.runtime.gather(self.runtime.signalled)), "a signal"]
-        if status == "preempted" and self.runtime.deadline.named_by(signals[0]):
+        if status == "preempted" and self.runtime.deadline.is_time_limit(signals[0]):
             status = "time_limit"
         stopped = f"stopped by {signals[0]}; the same command goes on from here"
         reason = {

@@ -89,12 +89,12 @@ def save_digit(path: Path, index: int = 0) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_evaluating_gives_the_metrics_that_training_ended_with(trained: Finished, world: int) -> None:
-    found = json.loads(run(["evaluate", "run"], trained.folder, world).splitlines()[-1])
-    assert found["accuracy"] == trained.result["accuracy"]
-    assert found["top5_accuracy"] == trained.result["top5_accuracy"]
-    assert found["loss"] == pytest.approx(trained.result["loss"], rel=1e-6)
-    assert (found["step"], found["split"], found["samples"]) == (24, "test", 599)
-    assert found["checkpoint"].endswith("run/checkpoints/step-00000024")
+    metrics = json.loads(run(["evaluate", "run"], trained.folder, world).splitlines()[-1])
+    assert metrics["accuracy"] == trained.result["accuracy"]
+    assert metrics["top5_accuracy"] == trained.result["top5_accuracy"]
+    assert metrics["loss"] == pytest.approx(trained.result["loss"], rel=1e-6)
+    assert (metrics["step"], metrics["split"], metrics["samples"]) == (24, "test", 599)
+    assert metrics["checkpoint"].endswith("run/checkpoints/step-00000024")
 
 
 def evaluations(trained: Finished) -> dict[int, dict[str, Any]]:
@@ -109,15 +109,15 @@ def test_any_checkpoint_can_be_evaluated_and_the_best_one_is_known(trained: Fini
     assert set(logged) == {8, 16, 24}
     best = max(logged, key=lambda step: logged[step]["accuracy"])
     for words, step in ((["run", "--step", 8], 8), (["run/checkpoints/step-00000016"], 16), (["run", "--best"], best)):
-        found = json.loads(run(["evaluate", *words], trained.folder).splitlines()[-1])
-        assert found["step"] == step
-        assert found["accuracy"] == logged[step]["accuracy"]
+        metrics = json.loads(run(["evaluate", *words], trained.folder).splitlines()[-1])
+        assert metrics["step"] == step
+        assert metrics["accuracy"] == logged[step]["accuracy"]
 
 
 def test_the_training_split_can_be_evaluated(trained: Finished) -> None:
-    found = json.loads(run(["evaluate", "run", "--split", "train"], trained.folder).splitlines()[-1])
-    assert (found["split"], found["samples"]) == ("train", 1198)
-    assert 0 < found["accuracy"] <= 1
+    metrics = json.loads(run(["evaluate", "run", "--split", "train"], trained.folder).splitlines()[-1])
+    assert (metrics["split"], metrics["samples"]) == ("train", 1198)
+    assert 0 < metrics["accuracy"] <= 1
 
 
 # predict
@@ -130,17 +130,17 @@ def test_predicting_gives_the_labels_and_probabilities_of_the_network(
         save_digit(tmp_path / f"{index:02}.png", index)
     (tmp_path / "notes.txt").write_text("no image")
     lines = said(ask("predict", trained.url, tmp_path, "--json", "--top", 10, "--batch-size", 5))
-    found = [json.loads(line) for line in lines]
-    assert [Path(f["image"]).name for f in found] == [f"{index:02}.png" for index in range(12)]
+    predictions = [json.loads(line) for line in lines]
+    assert [Path(prediction["image"]).name for prediction in predictions] == [f"{index:02}.png" for index in range(12)]
     opened = open_run(trained.url)
     images = held_out()[0][:12].double() / 255
     mean, std = opened.data.mean[0], opened.data.std[0]
     with torch.no_grad():
         expected = opened.workload.eval().inference()(((images - mean) / std).float()).softmax(1)
-    for row, given in zip(expected, found, strict=True):
-        assert given["label"] == str(int(row.argmax()))
-        assert [given["probabilities"][str(c)] for c in range(10)] == pytest.approx(row.tolist(), abs=2e-6)
-        assert list(given["probabilities"].values()) == sorted(given["probabilities"].values(), reverse=True)
+    for row, prediction in zip(expected, predictions, strict=True):
+        assert prediction["label"] == str(int(row.argmax()))
+        assert [prediction["probabilities"][str(c)] for c in range(10)] == pytest.approx(row.tolist(), abs=2e-6)
+        assert list(prediction["probabilities"].values()) == sorted(prediction["probabilities"].values(), reverse=True)
 
 
 def test_the_table_shows_as_many_classes_as_asked_for(trained: Finished, ask: Ask, tmp_path: Path) -> None:
@@ -162,12 +162,12 @@ def test_images_are_brought_to_the_size_and_colours_of_the_data(trained: Finishe
     digit.resize((16, 16), Image.Resampling.NEAREST).save(tmp_path / "d_large.bmp")
     wide = np.pad(np.asarray(digit), ((0, 0), (4, 4)))
     Image.fromarray(wide).save(tmp_path / "e_wide.tiff")  # its middle is the digit
-    found = [json.loads(line) for line in said(ask("predict", trained.url, tmp_path, "--json", "--top", 10))]
-    assert len(found) == 5
-    for other in found[1:]:
-        assert other["label"] == found[0]["label"]
+    predictions = [json.loads(line) for line in said(ask("predict", trained.url, tmp_path, "--json", "--top", 10))]
+    assert len(predictions) == 5
+    for other in predictions[1:]:
+        assert other["label"] == predictions[0]["label"]
         blurred = Path(other["image"]).name.startswith("d_")  # by scaling down with antialiasing
-        assert other["probabilities"] == pytest.approx(found[0]["probabilities"], abs=0.05 if blurred else 1e-6)
+        assert other["probabilities"] == pytest.approx(predictions[0]["probabilities"], abs=0.05 if blurred else 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def test_the_exported_onnx_file_gives_the_same_logits_for_any_batch(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 3, 5):
-        (found,) = session.run(["logits"], {"images": images[:count].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), logits[:count], atol=1e-5, rtol=0)
+        (actual,) = session.run(["logits"], {"images": images[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), logits[:count], atol=1e-5, rtol=0)
 
 
 def test_a_target_that_cannot_be_made_is_one_line(trained: Finished, ask: Ask, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m trainer doctor` on a sound config and on ones that would fail."""
+"""`python -m trainer doctor` on a valid config and on ones that would fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from ..ranks import run
 
 
-def test_a_sound_config_passes_every_check(tmp_path: Path) -> None:
+def test_a_valid_config_passes_every_check(tmp_path: Path) -> None:
     text = run(["doctor", "--ranks", "2", "--schedule.warmup", "1 epoch"], tmp_path)
     assert [line.split()[:2] for line in text.splitlines()] == [
         ["ok", name] for name in ("versions", "data", "storage", "network", "memory", "2")
@@ -16,7 +16,7 @@ def test_a_sound_config_passes_every_check(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs" / "digits_cnn").iterdir()), "the doctor leaves nothing behind"
 
 
-def test_what_would_fail_is_named_and_the_other_checks_go_on(tmp_path: Path) -> None:
+def test_what_would_fail_is_named_and_the_other_checks_continue(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = run(["doctor", "--data.name", "folder", "--run.url", "file/run"], tmp_path, code=1)
     verdicts = {line.split()[1]: line for line in text.splitlines()}

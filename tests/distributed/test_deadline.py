@@ -76,13 +76,13 @@ def test_without_an_end_there_is_no_deadline() -> None:
     deadline = Deadline()
     deadline.step()
     assert deadline.reached() == ""
-    assert not deadline.named_by("SIGUSR1")
-    assert Deadline(end=time.time() + 1000).named_by("SIGUSR1")
-    assert not Deadline(end=time.time() + 1000).named_by("SIGTERM")
+    assert not deadline.is_time_limit("SIGUSR1")
+    assert Deadline(end=time.time() + 1000).is_time_limit("SIGUSR1")
+    assert not Deadline(end=time.time() + 1000).is_time_limit("SIGTERM")
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_job_without_a_signal_stops_in_time_and_the_next_goes_on(tmp_path: Path, world: int) -> None:
+def test_a_job_without_a_signal_stops_in_time_and_the_next_one_resumes(tmp_path: Path, world: int) -> None:
     run([*SETTINGS, "--duration", "1 step", "--run.url", "warm"], tmp_path, world)  # what is slow only once
     text = run([*SETTINGS, "--duration", "1000000 steps"], tmp_path, world,
                environment={"LAUNCH_END": str(round(time.time()) + 12), "SLURM_JOB_ID": "77"})  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_signal_that_comes_while_python_imports_is_not_lost(tmp_path: Path, nu
         [sys.executable, "-m", "trainer", *SETTINGS, "--duration", "1000000 steps", "--wandb.mode", "disabled"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    while not _held_back(process.pid, number):
+    while not _blocks(process.pid, number):
         assert process.poll() is None
     process.send_signal(number)
     text, _ = process.communicate(timeout=120)
@@ -116,7 +116,7 @@ def test_a_signal_that_comes_while_python_imports_is_not_lost(tmp_path: Path, nu
     assert outcome(tmp_path / "run")["status"] == "preempted"
 
 
-def _held_back(pid: int, number: signal.Signals) -> bool:
+def _blocks(pid: int, number: signal.Signals) -> bool:
     """Whether a process blocks a signal at this moment."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     mask = next((int(line.split()[1], 16) for line in lines if line.startswith("SigBlk")), 0)

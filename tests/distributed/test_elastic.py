@@ -26,21 +26,21 @@ SECONDS = datetime.timedelta(seconds=20)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_ranks_of_a_life_agree_and_those_of_another_do_not(seed: int) -> None:
-    """Lives of changing size over one store; in some, ranks die in the middle of the exchange."""
+def test_the_ranks_of_an_attempt_agree_and_those_of_another_do_not(seed: int) -> None:
+    """Attempts of changing size over one store; in some, ranks die in the middle of the exchange."""
     chance = random.Random(seed)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     names: list[str] = []
     for _ in range(6):
         world = chance.randint(2, 4)
         dead = chance.randint(0, world - 1) if chance.random() < 0.5 else None
-        found: dict[int, str] = {}
+        agreed: dict[int, str] = {}
 
-        def join(rank: int, world: int = world, found: dict[int, str] = found, dead: int | None = dead) -> None:
+        def join(rank: int, world: int = world, agreed: dict[int, str] = agreed, dead: int | None = dead) -> None:
             store = dist.TCPStore("127.0.0.1", server.port, is_master=False)  # type: ignore[attr-defined]
             seconds = SECONDS if dead is None else datetime.timedelta(seconds=0.5)
             try:
-                found[rank] = elastic.agree_on_attempt(store, rank, world, seconds)
+                agreed[rank] = elastic.agree_on_attempt(store, rank, world, seconds)
             except (TimeoutError, dist.DistError):
                 return
 
@@ -51,10 +51,10 @@ def test_the_ranks_of_a_life_agree_and_those_of_another_do_not(seed: int) -> Non
         for thread in threads:
             thread.join()
         if dead is None:
-            assert len(found) == world
-        assert len(set(found.values())) <= 1
-        assert not set(found.values()) & set(names)
-        names += set(found.values())
+            assert len(agreed) == world
+        assert len(set(agreed.values())) <= 1
+        assert not set(agreed.values()) & set(names)
+        names += set(agreed.values())
     assert names
 
 
@@ -64,7 +64,7 @@ SETTINGS = ["--precision", "fp64", "--batch_size", "48", "--duration", f"{STEPS}
 
 
 class Agents:
-    """torchruns on this machine that stand for nodes."""
+    """torchruns on this machine, each in the role of a node."""
 
     def __init__(self, folder: Path, settings: list[str]) -> None:
         self.folder, self.settings = folder, settings
@@ -99,8 +99,8 @@ class Agents:
             time.sleep(0.02)
 
     def worlds(self) -> list[int]:
-        lives = sorted((self.folder / "run" / "lives").glob("[!.]*"))  # a file being written has a dot in front
-        return [json.loads(p.read_text())["world_size"] for p in lives]
+        attempts = sorted((self.folder / "run" / "lives").glob("[!.]*"))  # a file being written has a dot in front
+        return [json.loads(p.read_text())["world_size"] for p in attempts]
 
     def end(self) -> None:
         try:
@@ -113,16 +113,16 @@ class Agents:
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    found = psutil.Process(agent.pid).children(recursive=True)
+    children = psutil.Process(agent.pid).children(recursive=True)
     return [
         process
-        for process in found
+        for process in children
         if "trainer" in process.cmdline() and "torch.distributed.run" not in process.cmdline()
     ]
 
 
-def _was_told(pid: int) -> bool:
-    """Whether a process that stands still will find a SIGTERM."""
+def _has_pending_sigterm(pid: int) -> bool:
+    """Whether a SIGTERM is pending for a suspended process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     mask = next(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd"))
     return bool(mask & 1 << (signal.SIGTERM - 1))
@@ -146,9 +146,9 @@ def test_a_killed_rank_and_a_killed_agent_restart_the_group(tmp_path: Path, alon
     first = agents.add()
     agents.until(10)
     (rank,) = ranks_of(first)
-    rank.suspend()  # lest it is done before the node is there
+    rank.suspend()  # or it would be done before the node joins
     second = agents.add(ranks=2)  # a node joins
-    while not _was_told(rank.pid):
+    while not _has_pending_sigterm(rank.pid):
         assert second.poll() is None, agents.text()
         time.sleep(0.02)
     rank.resume()

@@ -10,8 +10,8 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from trainer.place import Place
-from trainer.runtime import Runtime
+from trainer.distributed.process import ProcessInfo
+from trainer.distributed.runtime import Runtime
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -20,14 +20,14 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-with Runtime(Place(), device="cpu"):
+with Runtime(ProcessInfo(), device="cpu"):
     print(before, min(faults() for _ in range(4)))  # the first of them let the heap grow
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_memory_that_a_step_has_freed_is_there_for_the_next_one() -> None:
+def test_memory_that_a_step_has_freed_is_reused_by_the_next_one() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
-    assert before > 1000, "blocks of 64 MiB are no longer faulted in anew: the setting is of no more use"
+    assert before > 1000, "blocks of 64 MiB are no longer faulted in again: the setting is useless by now"
     assert after < before / 10

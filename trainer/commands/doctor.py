@@ -1,7 +1,7 @@
 """`python -m trainer doctor`: find out before a long run what would stop it.
 
 The real config is tried with a few steps on N gloo ranks on the CPU: data, shapes, storage rights, memory, and a run
-that is killed and must end as if it had not been.
+that is killed and resumed, whose result must equal that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..workload import Workload
 from .common import peek, read_config
 
 STEPS, SAVE_EVERY = 8, 2
-ROWS_PER_RANK = 16  # the trial's batch is cut down to this, so that a laptop can carry a cluster's config
+ROWS_PER_RANK = 16  # the trial's batch is reduced to this, so that a laptop can try a cluster's config
 
 
 def main(words: Sequence[str]) -> int:
@@ -51,8 +51,8 @@ def main(words: Sequence[str]) -> int:
 def examine(config: RunConfig, name: str, ranks: int) -> int:
     """Print a line per check; returns 0 if all is well, else 1."""
     doctor = _Doctor(config, name, ranks)
-    sound = [doctor.check(title, work) for title, work in doctor.checks()]  # all of them, also after a failure
-    return 0 if all(sound) else 1
+    passed = [doctor.check(title, work) for title, work in doctor.checks()]  # all of them, also after a failure
+    return 0 if all(passed) else 1
 
 
 class _Doctor:
@@ -91,10 +91,10 @@ class _Doctor:
 
     def open_data(self) -> str:
         self.data = open_run_data(self.config)
-        d = self.data.description
+        data = self.data.description
         return (
-            f"{d.name}: {d.train_size:,} samples, {d.eval_size:,} held out ({self.data.split}), "
-            f"{len(d.classes)} classes, {d.channels}x{d.size}x{d.size}"
+            f"{data.name}: {data.train_size:,} samples, {data.eval_size:,} held out ({self.data.split}), "
+            f"{len(data.classes)} classes, {data.channels}x{data.size}x{data.size}"
         )
 
     def storage(self) -> str:
@@ -111,14 +111,29 @@ class _Doctor:
         return f"{self.config.workload.name}: {count:,} parameters, phases {', '.join(p.name for p in workload.phases)}"
 
     def memory(self) -> str:
-        """Bytes a rank needs: what is fixed, and what the backward pass keeps of one sample."""
+        """Bytes a rank needs: what is fixed, and the activations that the backward pass needs of one sample."""
+        workload = self.workload
+        assert workload is not None
+        trained = sum(p.numel() * p.element_size() for phase in workload.phases for p in phase.parameters)
+        state = sum(t.numel() * t.element_size() for t in workload.state_dict().values())
+        fixed = state + trained * (3 if self.config.optimizer.name != "sgd" else 2)
+        activations = self.activation_bytes()
+        samples = -(-self.config.batch_size // self.config.accumulation // self.ranks)
+        total = fixed + activations * samples
+        return (
+            f"about {_size(total)} a rank in fp32: {_size(fixed)} for weights, gradients and optimizer, "
+            f"{_size(activations)} for each of {samples} samples"
+        )
+
+    def activation_bytes(self) -> float:
+        """Bytes that autograd saves for the backward pass of one sample, in the phase that needs most."""
         workload, data = self.workload, self.data
         assert workload is not None
         assert data is not None
-        kept: dict[tuple[int, torch.Size], int] = {}
+        saved: dict[tuple[int, torch.Size], int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+            saved[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
             return tensor
 
         rows = 2 * workload.group
@@ -127,53 +142,51 @@ class _Doctor:
             "label": torch.zeros(rows, dtype=torch.int64),
             "id": torch.arange(rows),
         }
-        held = 0
+        most = 0
         for phase in workload.phases:
-            kept.clear()
+            saved.clear()
             draws = Draws(0, (0, phase.name, 0, 0), slice(0, rows), torch.device("cpu"))
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 phase.loss(batch, draws)
-            own = {parameter.data_ptr() for parameter in workload.parameters()}
-            held = max(held, sum(size for (pointer, _), size in kept.items() if pointer not in own))
-        trained = sum(p.numel() * p.element_size() for phase in workload.phases for p in phase.parameters)
-        everything = sum(t.numel() * t.element_size() for t in workload.state_dict().values())
-        fixed = everything + trained * (3 if self.config.optimizer.name != "sgd" else 2)
-        share = -(-self.config.batch_size // self.config.accumulation // self.ranks)
-        total = fixed + held / rows * share
-        return (
-            f"about {_size(total)} a rank in fp32: {_size(fixed)} for weights, gradients and optimizer, "
-            f"{_size(held / rows)} for each of {share} samples"
-        )
+            parameters = {parameter.data_ptr() for parameter in workload.parameters()}
+            most = max(most, sum(size for (pointer, _), size in saved.items() if pointer not in parameters))
+        return most / rows
 
     def trial(self) -> str:
         """Train a few steps twice, once with every rank killed half-way; the results must be equal, bit for bit."""
-        assert self.workload is not None
-        rows = ROWS_PER_RANK * self.ranks * self.config.accumulation
-        c = self.config
+        config = self.trial_config()
         with tempfile.TemporaryDirectory(prefix="trainer-doctor-") as temporary:
-            looks = {"every": f"{STEPS} steps", "samples": rows, "batch_size": rows}
-            small = c.model_copy(update={
-                "batch_size": min(c.batch_size, max(rows, self.workload.group * self.ranks * c.accumulation)),
-                "duration": f"{STEPS} steps", "device": "cpu", "threads": None,
-                "data": c.data.model_copy(update={"root": _absolute(data_root(c))}),
-                "precision": "fp32" if c.precision == "auto" else c.precision,
-                "log": c.log.model_copy(update={"every": "1 step"}),
-                "evaluate": c.evaluate.model_copy(update=looks),
-                "checkpoint": c.checkpoint.model_copy(update={"every": f"{SAVE_EVERY} steps", "keep": STEPS}),
-                "wandb": c.wandb.model_copy(update={"mode": "disabled"}),
-                "schedule": c.schedule.model_copy(update={"warmup": "2 steps"}),
-            })  # fmt: skip
-            whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
-            self.run_ranks(small, whole)
-            when = self.run_ranks(small, killed, kill=True)
-            self.run_ranks(small, killed)
-            for file in ("weights", "optimizer"):
-                a, b = (safetensors.torch.load_file(_final(run) / f"{file}.safetensors") for run in (whole, killed))
-                for name, tensor in a.items():
-                    if not torch.equal(tensor, b[name]):
+            uninterrupted, resumed = Path(temporary) / "uninterrupted", Path(temporary) / "resumed"
+            self.run_ranks(config, uninterrupted)
+            ending = self.run_ranks(config, resumed, kill=True)
+            self.run_ranks(config, resumed)
+            for file in ("weights.safetensors", "optimizer.safetensors"):
+                expected, actual = (safetensors.torch.load_file(_final(run) / file) for run in (uninterrupted, resumed))
+                for name, tensor in expected.items():
+                    if not torch.equal(tensor, actual[name]):
                         raise UserError(f"after a kill and a restart, {name} differs from the uninterrupted run's")
-        cut = f"batch {small.batch_size} for {c.batch_size}, " if small.batch_size != c.batch_size else ""
-        return f"{cut}{STEPS} steps, {when} and resumed: weights and optimizer equal bit for bit"
+        batch = ""
+        if config.batch_size != self.config.batch_size:
+            batch = f"batch {config.batch_size} for {self.config.batch_size}, "
+        return f"{batch}{STEPS} steps, {ending} and resumed: weights and optimizer equal bit for bit"
+
+    def trial_config(self) -> RunConfig:
+        """The config with few steps, a small batch and a checkpoint every other step, on the CPU."""
+        assert self.workload is not None
+        c = self.config
+        rows = ROWS_PER_RANK * self.ranks * c.accumulation
+        evaluation = {"every": f"{STEPS} steps", "samples": rows, "batch_size": rows}
+        return c.model_copy(update={
+            "batch_size": min(c.batch_size, max(rows, self.workload.group * self.ranks * c.accumulation)),
+            "duration": f"{STEPS} steps", "device": "cpu", "threads": None,
+            "data": c.data.model_copy(update={"root": _absolute(data_root(c))}),
+            "precision": "fp32" if c.precision == "auto" else c.precision,
+            "log": c.log.model_copy(update={"every": "1 step"}),
+            "evaluate": c.evaluate.model_copy(update=evaluation),
+            "checkpoint": c.checkpoint.model_copy(update={"every": f"{SAVE_EVERY} steps", "keep": STEPS}),
+            "wandb": c.wandb.model_copy(update={"mode": "disabled"}),
+            "schedule": c.schedule.model_copy(update={"warmup": "2 steps"}),
+        })  # fmt: skip
 
     def run_ranks(self, config: RunConfig, folder: Path, kill: bool = False) -> str:
         """Run to the end, or until a checkpoint is committed and every rank has been killed."""
@@ -197,16 +210,17 @@ class _Doctor:
         committed = folder / "checkpoints" / f"step-{SAVE_EVERY:08d}" / "MANIFEST.json"
         while kill and not committed.exists() and any(p.poll() is None for p in processes):
             time.sleep(0.005)
-        stopped = kill and any(p.poll() is None for p in processes)
-        if stopped:
+        killed = kill and any(p.poll() is None for p in processes)
+        if killed:
             for process in processes:
                 process.send_signal(signal.SIGKILL)
         codes = [process.wait() for process in processes]
-        if not stopped and any(codes):
-            lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
-            last = lines or log.read_text().splitlines()[-1:] or ["no output"]
-            raise UserError(f"the trial run ended with exit codes {codes}: {last[0].removeprefix('error: ')}")
-        return "killed half-way" if stopped else "ended before it could be killed"
+        if not killed and any(codes):
+            lines = log.read_text().splitlines()
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+            reason = (errors or lines[-1:] or ["no output"])[0]
+            raise UserError(f"the trial run ended with exit codes {codes}: {reason}")
+        return "killed half-way" if killed else "ended before it could be killed"
 
 
 def _final(run: Path) -> Path:

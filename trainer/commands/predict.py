@@ -17,16 +17,18 @@ from ..data.transforms import Augment, Crop
 from ..run.opened import Trained, open_run
 from .common import Parser, checkpoint_arguments, say
 
+Prediction = tuple[str, list[tuple[str, float]]]  # an image, its labels and their probabilities, the best first
+
 
 def _image_paths(names: Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not found:
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not images:
                 raise UserError(f"{name}: no images in this folder ({', '.join(SUFFIXES)})")
-            paths += found
+            paths += images
         elif path.exists():
             paths.append(path)
         else:
@@ -38,11 +40,11 @@ def _image_paths(names: Sequence[str]) -> list[Path]:
 def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
     """(N, classes) float32 for image files, prepared as the held-out data is."""
     data = trained.data
-    plain = DataOptions(name=trained.config.data.name)
-    crop = Crop(plain, data.size, 0, train=False, variable_size=data.variable_size)
-    normalise = Augment(plain, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
+    options = DataOptions(name=trained.config.data.name)
+    crop = Crop(options, data.size, 0, train=False, variable_size=data.variable_size)
+    normalise = Augment(options, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
     network = trained.workload.eval().inference().eval()
-    found = []
+    batches = []
     for start in range(0, len(paths), batch_size):
         images = []
         for path in paths[start : start + batch_size]:
@@ -50,8 +52,8 @@ def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> 
                 images.append(crop(decode(path.read_bytes(), str(path), data.channels), 0, 0))
             except (BadSample, OSError) as error:
                 raise UserError(f"{error}: repair or remove it") from None
-        found.append(network(normalise(torch.stack(images))).float().softmax(1))
-    return torch.cat(found)
+        batches.append(network(normalise(torch.stack(images))).float().softmax(1))
+    return torch.cat(batches)
 
 
 def main(words: Sequence[str]) -> int:
@@ -69,17 +71,24 @@ def main(words: Sequence[str]) -> int:
     if trained.workload.generates:
         raise UserError(f"{options.checkpoint}: {trained.config.workload.name} labels nothing: give a classifier's run")
     names = trained.data.classes
-    best = _probabilities(trained, paths, options.batch_size).topk(min(options.top, len(names)))
+    top = _probabilities(trained, paths, options.batch_size).topk(min(options.top, len(names)))
+    predictions: list[Prediction] = [
+        (str(path), [(names[c], round(value, 6)) for c, value in zip(classes, values, strict=True)])
+        for path, values, classes in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    if options.json:
+        for path, labels in predictions:
+            say(json.dumps({"image": path, "label": labels[0][0], "probabilities": dict(labels)}))
+    else:
+        Console().print(_table(predictions))
+    return 0
+
+
+def _table(predictions: Sequence[Prediction]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("image", overflow="fold")
-    for position in range(best.values.shape[1]):
+    for position in range(len(predictions[0][1])):
         table.add_column("label" if position == 0 else f"{position + 1}.", no_wrap=True)
-    for path, values, classes in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
-        labels = [(names[c], round(v, 6)) for c, v in zip(classes, values, strict=True)]
-        if options.json:
-            say(json.dumps({"image": str(path), "label": labels[0][0], "probabilities": dict(labels)}))
-        else:
-            table.add_row(str(path), *(f"{label} {value:.1%}" for label, value in labels))
-    if not options.json:
-        Console().print(table)
-    return 0
+    for path, labels in predictions:
+        table.add_row(path, *(f"{label} {probability:.1%}" for label, probability in labels))
+    return table

@@ -1,7 +1,7 @@
-"""When a job must stop by itself: before Slurm's end time, early enough for the steps and the save that it still takes.
+"""When a job must stop by itself: before Slurm's end time, early enough to finish its steps and save.
 
-A warning signal need not come: the time limit may have been set without one, or the launcher may be another's. How
-early is measured: the 95th percentile of the steps and of the saves of this very life.
+There may be no warning signal: the time limit may have been set without one, or another launcher was used. How early is
+measured: the 95th percentile of the steps and of the saves of this attempt.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-TIME_LIMIT = "the end of the job's time"  # what `Deadline.reached` names as what asked the run to stop
-LEAVING_SECONDS = 20.0  # for the outcome, the pictures, W&B and Slurm's own part
+TIME_LIMIT = "the end of the job's time"  # the reason to stop that `Deadline.reached` returns
+EXIT_SECONDS = 20.0  # for the outcome, the pictures, W&B and Slurm's own part
 UNKNOWN_SAVE_SECONDS = 30.0  # for a save, before one was measured
 SHARE = 0.1  # of a short job's time, at most, for each of the two above
 POLL_SECONDS = 0.2  # the ranks may agree as late as this
@@ -30,16 +30,16 @@ def end_of_job(environment: Mapping[str, str] | None = None) -> float | None:
         return None
     command = ["squeue", "-h", "-j", env["SLURM_JOB_ID"], "-o", "%e"]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, env={**env, "SLURM_TIME_FORMAT": "%s"}, capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):  # in a container there may be no squeue
         return None
-    return _seconds(done.stdout)
+    return _seconds(result.stdout)
 
 
 def _seconds(text: str) -> float | None:
-    """Not a number where there is no limit."""
+    """The number in a text; None where it is none, as where there is no limit."""
     return float(text) if text.strip().isdecimal() else None
 
 
@@ -50,39 +50,39 @@ def p95(values: Sequence[float]) -> float:
 
 
 class Deadline:
-    """Tells whether it is time to save and leave. Without an end it never is, and costs nothing."""
+    """Whether it is time to save and exit. Without an end it never is, and the checks cost nothing."""
 
     def __init__(self, end: float | None = None) -> None:
         self._end = end
         self._allowed = SHARE * max(end - time.time(), 0.0) if end is not None else 0.0
         self._steps: deque[float] = deque(maxlen=1000)
         self._saves: deque[float] = deque(maxlen=100)
-        self._boundary: float | None = None
+        self._step_began: float | None = None
         self._check_at = 0.0
         self._reached = False
 
-    def named_by(self, reason: str) -> bool:
-        """Whether what asked the run to stop stands for the end of its time: SIGUSR1 is how Slurm warns of it."""
+    def is_time_limit(self, reason: str) -> bool:
+        """Whether a reason to stop means the end of the job's time; SIGUSR1 is how Slurm warns of it."""
         return self._end is not None and reason in (TIME_LIMIT, "SIGUSR1")
 
     def step(self) -> None:
-        """A step begins here; what came since the last call, evaluation and saves included, was the one before."""
+        """Called where a step begins; the time since the last call, with evaluation and saves, was one step."""
         if self._end is None:
             return
         now = time.perf_counter()
-        if self._boundary is not None:
-            self._steps.append(now - self._boundary)
-        self._boundary = now
+        if self._step_began is not None:
+            self._steps.append(now - self._step_began)
+        self._step_began = now
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint was committed so long after its step."""
+        """Called when a checkpoint was committed, `seconds` after its step."""
         self._saves.append(seconds)
 
     def margin(self) -> float:
         """How long before the end to stop, in seconds."""
-        step = max(p95(list(self._steps)), POLL_SECONDS)  # twice: the ranks agree on what was so a step ago
+        step = max(p95(list(self._steps)), POLL_SECONDS)  # twice, since the ranks agree one step late
         save = 1.5 * p95(list(self._saves)) if self._saves else min(UNKNOWN_SAVE_SECONDS, self._allowed)
-        return 2 * step + save + min(LEAVING_SECONDS, self._allowed)
+        return 2 * step + save + min(EXIT_SECONDS, self._allowed)
 
     def reached(self) -> str:
         """TIME_LIMIT from the margin on, '' before."""

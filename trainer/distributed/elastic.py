@@ -1,8 +1,8 @@
-"""What torchrun leaves to its ranks: a name for each life of the group, and to end with the agent that started them.
+"""What torchrun leaves to its ranks: a name for each attempt of the group, and to end with the agent that started them.
 
 TORCHELASTIC_RESTART_COUNT cannot be the name: each agent counts the failures that it saw itself, a node that joins
 raises no count, and the new node's agent begins at 0. The round of the rendezvous, which all agents know, is not passed
-to the ranks. The store outlives the lives, and so do the keys in it.
+to the ranks. The store and the keys in it survive a restart.
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ POLL_SECONDS = 0.01
 
 
 def agree_on_attempt(store: Any, rank: int, world: int, timeout: datetime.timedelta) -> str:
-    """A name that the ranks of this life have in common and no life before had; raises TimeoutError.
+    """A name that the ranks of this attempt share and no earlier attempt had; raises TimeoutError.
 
-    Every rank greets with a word of its own, new in each life; rank 0 answers each word that it finds with the name,
-    until every rank has thanked it for that very name. A greeting from a life before may be answered in vain, but no
-    rank can take an answer that was meant for another life.
+    Each rank sends a request with an id that is new in each attempt. Rank 0 answers every request that it sees with the
+    name, until every rank has acknowledged that very name. A request of an earlier attempt may be answered, which does
+    no harm: no rank can take an answer that was meant for another attempt.
     """
-    word = uuid.uuid4().hex
+    own_id = uuid.uuid4().hex
     if rank:
-        store.set(f"elastic/greeting/{rank}", word)
-        store.wait([f"elastic/answer/{word}"], timeout)
-        name = bytes(store.get(f"elastic/answer/{word}")).decode()
-        store.set(f"elastic/thanks/{name}/{rank}", "")
+        store.set(f"elastic/request/{rank}", own_id)
+        store.wait([f"elastic/response/{own_id}"], timeout)
+        name = bytes(store.get(f"elastic/response/{own_id}")).decode()
+        store.set(f"elastic/acknowledged/{name}/{rank}", "")
         return name
+    name = own_id
     deadline = time.monotonic() + timeout.total_seconds()
     waiting, answered = set(range(1, world)), set()
     while waiting:
         for other in sorted(waiting):
-            if store.check([f"elastic/thanks/{word}/{other}"]):
+            if store.check([f"elastic/acknowledged/{name}/{other}"]):
                 waiting.discard(other)
-            elif store.check([f"elastic/greeting/{other}"]):
-                greeting = bytes(store.get(f"elastic/greeting/{other}")).decode()
-                if greeting not in answered:
-                    answered.add(greeting)
-                    store.set(f"elastic/answer/{greeting}", word)
+            elif store.check([f"elastic/request/{other}"]):
+                request = bytes(store.get(f"elastic/request/{other}")).decode()
+                if request not in answered:
+                    answered.add(request)
+                    store.set(f"elastic/response/{request}", name)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(waiting)} have not come within {timeout}")
+            raise TimeoutError(f"ranks {sorted(waiting)} did not answer within {timeout}")
         time.sleep(POLL_SECONDS)
-    return word
+    return name
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when torchrun is gone: orphans would train on beside their successors."""
+    """Let the kernel kill this process when torchrun is gone: orphans would keep training next to their successors."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()

@@ -1,4 +1,4 @@
-"""Which process of a run this is: what torchrun, Slurm or nobody has said."""
+"""Which process of a run this is, from the environment of torchrun or Slurm; without either, the only one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ProcessInfo:
     local_world: int = 1
     address: str = "127.0.0.1"
     port: int = 0
-    restart: str = "0"  # tells the process groups of an elastic job's lives apart
+    restart: str = "0"  # distinguishes the process groups of a job's attempts
     agent: bool = False  # whether torchrun keeps the store
     agents: int = 1  # how many torchruns, one a node
     torchrun: bool = False
@@ -69,16 +69,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads_per_rank(process: ProcessInfo, wanted: int | None, environment: Mapping[str, str] | None = None) -> int:
-    """Cores / ranks, unless somebody said otherwise; torchrun's own default of 1 is nobody."""
+def threads_per_rank(process: ProcessInfo, threads: int | None, environment: Mapping[str, str] | None = None) -> int:
+    """The setting `threads`, else OMP_NUM_THREADS unless it is torchrun's own default of 1, else cores / ranks."""
     env = os.environ if environment is None else environment
-    if wanted:
-        return wanted
-    said = env.get("OMP_NUM_THREADS", "")
-    if (
-        said.isdecimal()
-        and int(said) > 0
-        and not ((process.agent or process.torchrun) and said == "1" and process.local_world > 1)
-    ):
-        return int(said)
+    if threads:
+        return threads
+    omp_threads = env.get("OMP_NUM_THREADS", "")
+    torchruns_default = (process.agent or process.torchrun) and omp_threads == "1" and process.local_world > 1
+    if omp_threads.isdecimal() and int(omp_threads) > 0 and not torchruns_default:
+        return int(omp_threads)
     return max(1, cores() // process.local_world)

@@ -1,4 +1,4 @@
-"""One storage layer over fsspec: whole objects, one error class, a deadline on every call, jittered retries.
+"""One storage layer over fsspec: atomic objects, one error class, a deadline on every call, jittered retries.
 
 Objects are written in one piece from memory. A file object that is closed by an exception commits its truncated content
 on every fsspec backend, so none is used for writing.

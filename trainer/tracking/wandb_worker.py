@@ -1,7 +1,7 @@
 """The process that talks to Weights & Biases: it turns what `wandb_client` sends through a pipe into W&B calls.
 
 A record's place in the metric log is its W&B step. So a run that is resumed online continues after the last record that
-the server has, whatever got lost on the way there, and nothing is there twice; offline a small file beside W&B's own
+the server has, whatever was lost on the way, and no record is logged twice; offline a small file next to W&B's own
 holds how many records earlier attempts delivered. The training step is the value `step`, which W&B uses as the x-axis.
 """
 
