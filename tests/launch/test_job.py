@@ -118,7 +118,7 @@ def test_the_site_file_of_the_project_changes_nothing(monkeypatch: pytest.Monkey
     [
         ("partitoin: gpu", "partitoin: unknown setting; did you mean 'partition'"),
         ("partition: gpu\npartition: cpu", "duplicate key 'partition' in line 2: keep one"),
-        ("modules: cuda", "modules: 'cuda' should be a list of texts"),
+        ("modules: cuda", "modules: 'cuda' should be a list of strings"),
         ("signal_seconds: long", "signal_seconds: 'long' should be a whole number"),
         ("after_node_failure: hope", "should be one of wait, shrink"),
         ("container: {kind: apptainer}", "container.image: missing"),
