@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.config.status import RESUMABLE, Status
+
 Verdict = Literal["done", "next", "requeue", "failed"]
-AGAIN = ("preempted", "time_limit", "crashed")  # whatever else ends a run would end it in the same way again
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Attempt:
     """One life of a job, as it ended."""
 
     life: str  # job id and restart count
-    status: str
+    status: Status
     step: int  # of the newest committed checkpoint
     code: int = 0
     at: float = 0.0  # seconds since 1970; for people
@@ -32,7 +33,7 @@ def decide(attempt: Attempt, before: list[Attempt], crashes: int, chained: bool)
     """The verdict and the reason in words. `crashes` ends in a row without progress are one too many."""
     if attempt.status == "done":
         return "done", f"done at step {attempt.step}"
-    if attempt.status not in AGAIN:
+    if attempt.status not in RESUMABLE:
         return "failed", f"{attempt.status} at step {attempt.step}: not requeued, for it would end in the same way"
     if attempt.status == "preempted":  # the cluster's doing: it says nothing about the run
         return "requeue", f"preempted at step {attempt.step}: requeued"
@@ -70,7 +71,7 @@ def judge(run: str, record: Path, life: str, code: int, crashes: int, chained: b
     """Read how the life ended, add it to the record, decide."""
     outcome = read_outcome(run)
     mine = outcome.get("life") == life or (outcome.get("status") == "done" and not code)
-    status = str(outcome["status"]) if mine else "crashed"
+    status: Status = outcome["status"] if mine else "crashed"
     attempt = Attempt(life, status, newest_step(run), code, round(time.time()))
     before = read_attempts(record)
     record.parent.mkdir(parents=True, exist_ok=True)

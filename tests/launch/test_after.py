@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from launch.after import Attempt, decide, judge, newest_step, read_attempts
+from trainer.config.status import RESUMABLE, Status
 
 
-def lives(*ends: tuple[str, int]) -> list[Attempt]:
+def lives(*ends: tuple[Status, int]) -> list[Attempt]:
     return [Attempt(f"1.{index}", status, step) for index, (status, step) in enumerate(ends)]
 
 
-def verdict(*ends: tuple[str, int], crashes: int = 3, chained: bool = False) -> str:
+def verdict(*ends: tuple[Status, int], crashes: int = 3, chained: bool = False) -> str:
     *before, last = lives(*ends)
     return decide(last, before, crashes, chained)[0]
 
@@ -31,13 +33,13 @@ def test_what_was_stopped_goes_on() -> None:
     assert verdict(("preempted", 10), chained=True) == "requeue"
 
 
-@pytest.mark.parametrize("status", ["non_finite", "bad_data", "mode_collapse"])
-def test_what_would_end_in_the_same_way_is_not_requeued(status: str) -> None:
+@pytest.mark.parametrize("status", sorted({*get_args(Status)} - {"done", *RESUMABLE}))
+def test_what_would_end_in_the_same_way_is_not_requeued(status: Status) -> None:
     assert verdict((status, 10)) == "failed"
 
 
 def test_a_crash_loop_ends_after_so_many_lives_without_progress() -> None:
-    crash = ("crashed", 0)
+    crash: tuple[Status, int] = ("crashed", 0)
     assert [verdict(*[crash] * n) for n in (1, 2, 3)] == ["requeue", "requeue", "failed"]
     assert verdict(crash, crashes=1) == "failed"
 
