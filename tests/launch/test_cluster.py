@@ -273,7 +273,7 @@ def test_a_crash_loop_ends(cluster: Cluster, tmp_path: Path) -> None:
                     settings=("--data.name=mnist", "--data.download=false"))  # fmt: skip
     job.until_state("FAILED")
     assert job.attempts() == [("crashed", 0), ("crashed", 0)]
-    assert "2 lives in a row without a new checkpoint: not requeued" in job.log()
+    assert "2 attempts in a row without a new checkpoint: not requeued" in job.log()
 
 
 def test_options_with_quotes_reach_slurm_unchanged(cluster: Cluster, tmp_path: Path) -> None:
