@@ -1,4 +1,4 @@
-"""What `launch` keeps of a run, in the folder `launch` of its directory: the job, its script, its logs, its ids."""
+"""The files that `launch` keeps in the folder `launch` of a run's directory: the job, its script, logs and ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder_of(name: str, run: str) -> str:
 
 
 def write(job: Job, script: str) -> str:
-    """Keep the job and its script; returns the script's path."""
+    """Write the job and its script; returns the script's path. Raises Refused."""
     folder = Path(job.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,13 +33,13 @@ def write(job: Job, script: str) -> str:
     return str(folder / SCRIPT)
 
 
-def add_id(folder: str, job: str) -> None:
+def add_id(folder: str, job_id: str) -> None:
     with Path(folder, IDS).open("a") as file:
-        file.write(f"{job}\n")
+        file.write(f"{job_id}\n")
 
 
 def ids(folder: str) -> list[str]:
-    """Of the jobs that were submitted for a run, oldest first."""
+    """The ids of the jobs that were submitted for a run, oldest first."""
     path = Path(folder, IDS)
     return path.read_text().split() if path.exists() else []
 
@@ -51,33 +51,33 @@ def find(run: str) -> tuple[str, dict[str, Any]]:
             try:
                 return str(folder), json.loads((folder / JOB).read_text())
             except ValueError:
-                raise Refused(f"{folder / JOB}: damaged: submit the run again with `launch slurm`") from None
-    there = sorted(str(path.parts[-3]) for path in Path("runs").glob(f"*/launch/{JOB}"))
-    raise Refused(f"{run}: no run of that name was submitted from here; known: {', '.join(there) or 'none'}")
+                raise Refused(f"{folder / JOB}: corrupt: submit the run again with `launch slurm`") from None
+    known = sorted(str(path.parts[-3]) for path in Path("runs").glob(f"*/launch/{JOB}"))
+    raise Refused(f"{run}: no run of that name was submitted from here; known: {', '.join(known) or 'none'}")
 
 
 def check_unused(job: Job) -> None:
-    """Raises Refused where the directory holds the run of another config.
+    """Raises Refused if the directory contains the run of another config.
 
-    Compares the settings that the file and the flags name with the config that the run was started with; the trainer
-    compares all of them when it resumes.
+    Compares the settings in the config file and the flags with the config that the run was started with; the trainer
+    compares all settings when it resumes.
     """
     stored_path = Path(job.folder).parent / "config.yaml"
     if "--run.force_resume" in job.arguments:
         return
-    if not stored_path.exists():  # submitted, and not yet begun
+    if not stored_path.exists():  # submitted, but not started yet
         earlier = Path(job.folder, JOB)
         if earlier.exists() and ids(job.folder):
-            was = json.loads(earlier.read_text())["arguments"]
-            if _settings(was) != _settings(job.arguments):
-                raise Refused(f"--name: {job.name!r} is in use: it was submitted with {' '.join(was)!r}: "
+            submitted = json.loads(earlier.read_text())["arguments"]
+            if _settings(submitted) != _settings(job.arguments):
+                raise Refused(f"--name: {job.name!r} is in use: it was submitted with {' '.join(submitted)!r}: "
                               f"choose another --name")  # fmt: skip
         return
     from trainer.config.options import is_safe
 
-    stored = _flat(read_yaml(str(stored_path)))
+    stored = _flatten(read_yaml(str(stored_path)))
     for name, value in _settings(job.arguments).items():
-        if name in stored and not is_safe(name) and not _same(stored[name], value):
+        if name in stored and not is_safe(name) and not _may_be_equal(stored[name], value):
             raise Refused(
                 f"--name: {job.name!r} is in use by another config: {name} is {stored[name]!r} there, "
                 f"now it is {value!r}: choose another --name"
@@ -85,50 +85,50 @@ def check_unused(job: Job) -> None:
 
 
 def config_file(arguments: tuple[str, ...] | list[str]) -> str | None:
-    """The config among the trainer's arguments: where there is one, it comes first."""
+    """The config among the trainer's arguments: it is the first of them, where there is one."""
     first = arguments[0] if arguments else ""
     return first if first and not first.startswith("-") else None
 
 
-def flag(arguments: tuple[str, ...] | list[str], name: str) -> str | None:
-    """The value of a flag of the trainer's."""
-    found = None
-    for index, word in enumerate(arguments):
-        if word.startswith(f"--{name}="):
-            found = word.partition("=")[2]
-        elif word == f"--{name}" and index + 1 < len(arguments):
-            found = arguments[index + 1]
-    return found
+def flag_value(arguments: tuple[str, ...] | list[str], name: str) -> str | None:
+    """The value of one of the trainer's flags, where it is set; of several, the last."""
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+        elif argument == f"--{name}" and index + 1 < len(arguments):
+            value = arguments[index + 1]
+    return value
 
 
 def _settings(arguments: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """What the file and the flags say, by dotted name."""
+    """The values that the config file and the flags set, by dotted name."""
     file = config_file(arguments)
-    found = _flat(read_yaml(file)) if file else {}
-    for index, word in enumerate(arguments):
-        if not word.startswith("--"):
+    settings = _flatten(read_yaml(file)) if file else {}
+    for index, argument in enumerate(arguments):
+        if not argument.startswith("--"):
             continue
-        name, given, value = word[2:].partition("=")
+        name, equals, value = argument[2:].partition("=")
         following = arguments[index + 1] if index + 1 < len(arguments) else "--"
-        found[name.replace("-", "_")] = value if given else "true" if following.startswith("--") else following
-    return found
+        settings[name.replace("-", "_")] = value if equals else "true" if following.startswith("--") else following
+    return settings
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
-def _same(stored: Any, given: Any) -> bool:
-    """Whether a text may be what was stored: 3e-4 is 0.0003, yes is true; of lists nothing is said."""
-    if isinstance(stored, list) or isinstance(given, list):
+def _may_be_equal(stored: Any, value: Any) -> bool:
+    """Whether a value, perhaps the text of a flag, may be the stored one: 3e-4 is 0.0003, yes is true, any list is."""
+    if isinstance(stored, list) or isinstance(value, list):
         return True
-    return _plain(stored) == _plain(given)
+    return _normalized(stored) == _normalized(value)
 
 
-def _plain(value: Any) -> Any:
+def _normalized(value: Any) -> Any:
     text = re.sub(r"(?<=\d)_(?=\d)", "", str(value)).strip().lower()
     try:
         return float(text)

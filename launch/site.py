@@ -1,4 +1,4 @@
-"""What a cluster is like: slurm/site.yaml, or the file that --site or $LAUNCH_SITE names."""
+"""The description of a cluster: slurm/site.yaml, or the file that --site or $LAUNCH_SITE names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_FILE = "slurm/site.yaml"
 
 @dataclass(frozen=True)
 class Container:
-    """An image that the trainer runs in; `kind` says through which program."""
+    """An image that the trainer runs in; `kind` is the program that starts it."""
 
     kind: Literal["apptainer", "enroot"]
     image: str
@@ -28,7 +28,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Site:
-    """The fields are the keys of site.yaml, which explains them; flags of `launch slurm` go before them."""
+    """The fields are the keys of site.yaml, which explains them; flags of `launch slurm` override them."""
 
     partition: str | None = None
     account: str | None = None
@@ -59,7 +59,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def read_site(path: str | None) -> Site:
-    """The named file, else $LAUNCH_SITE, else slurm/site.yaml where there is one. Raises Refused."""
+    """The named file, else $LAUNCH_SITE, else slurm/site.yaml if it exists. Raises Refused."""
     named = path or os.environ.get("LAUNCH_SITE")
     if named is None and not Path(DEFAULT_FILE).exists():
         return Site()
@@ -78,46 +78,53 @@ def _build(kind: type[Any], values: Mapping[str, Any], name: str, prefix: str) -
     for f in fields(kind):
         if f.name not in values and f.name in ("kind", "image"):
             raise Refused(f"{name}: {prefix}{f.name}: missing: give a value")
-    given = {key: _value(hints[key], value, name, f"{prefix}{key}") for key, value in values.items()}
-    return kind(**given)
+    options = {key: _value(hints[key], value, name, f"{prefix}{key}") for key, value in values.items()}
+    return kind(**options)
 
 
 def _value(hint: Any, value: Any, name: str, key: str) -> Any:
-    def wrong(wanted: str) -> Refused:
-        return Refused(f"{name}: {key}: {value!r} should be {wanted}")
-
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    if expected := _mismatch(hint, value):
+        raise Refused(f"{name}: {key}: {value!r} should be {expected}")
     if hint is Container:
-        if not isinstance(value, dict):
-            raise wrong("a mapping with kind and image")
         return _build(Container, value, name, f"{key}.")
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise wrong(f"one of {', '.join(get_args(hint))}")
-        return value
     if get_origin(hint) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise wrong("a list of texts")
         return tuple(value)
-    if hint is int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise wrong("a whole number")
-        return value
-    if hint is str:
-        if not isinstance(value, str) or not value or "\n" in value:
-            raise wrong("a text of one line; put it into quotes")
-        return os.path.expandvars(value) if key == "scratch" else value
-    if not isinstance(value, dict) or not all(isinstance(v, str | int | float) for v in value.values()):
-        raise wrong("a mapping from names of variables to values")
-    for variable in value:
+    if isinstance(value, dict):
+        return _variables(value, name, key)
+    return os.path.expandvars(value) if key == "scratch" else value
+
+
+def _mismatch(hint: Any, value: Any) -> str | None:
+    """What the value should be, if it is something else."""
+    if hint is Container:
+        ok, expected = isinstance(value, dict), "a mapping with kind and image"
+    elif get_origin(hint) is Literal:
+        ok, expected = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
+    elif get_origin(hint) is tuple:
+        ok = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        expected = "a list of strings"
+    elif hint is int:
+        ok, expected = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number"
+    elif hint is str:
+        ok = isinstance(value, str) and value != "" and "\n" not in value
+        expected = "a string of one line; put it into quotes"
+    else:
+        ok = isinstance(value, dict) and all(isinstance(item, str | int | float) for item in value.values())
+        expected = "a mapping from names of variables to values"
+    return None if ok else expected
+
+
+def _variables(values: Mapping[str, Any], name: str, key: str) -> dict[str, str]:
+    """Environment variables, with each value as the text that a program should see."""
+    for variable in values:
         if not str(variable).isidentifier():
             raise Refused(f"{name}: {key}: {variable!r} cannot be the name of a variable")
-    return {str(k): json_text(v) for k, v in value.items()}
+    return {str(variable): _text(value) for variable, value in values.items()}
 
 
-def json_text(value: str | float) -> str:
-    """A scalar of a YAML file as the text that a program should see."""
+def _text(value: str | float) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

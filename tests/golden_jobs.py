@@ -1,4 +1,4 @@
-"""The jobs whose scripts are kept in slurm/: `python -m tests.golden_jobs` writes them anew."""
+"""The jobs whose scripts are kept in slurm/: `python -m tests.golden_jobs` regenerates them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A real Slurm on this machine: munged, slurmctld and a few slurmd nodes in a temporary folder, gone again after.
+"""A real Slurm on this machine: munged, slurmctld and a few slurmd nodes in a temporary folder, removed at the end.
 
-    python -m tests.slurm_cluster [NODES]    boots one, prints what its clients need, and stops it on Ctrl-C
+    python -m tests.slurm_cluster [NODES]    starts one, prints the environment of its clients, stops it on Ctrl-C
 
-Needs the Debian packages slurm-wlm and munge, and root or unprivileged user namespaces: each slurmd lives in UTS and
+Needs the Debian packages slurm-wlm and munge, and root or unprivileged user namespaces: each slurmd runs in UTS and
 mount namespaces of its own, so that its `hostname` is the node's name and the names of the others resolve, as on a real
-cluster. Neither /etc nor systemd is touched. As root, steps are tracked by a private freezer cgroup as in production,
+cluster. Neither /etc nor systemd is changed. As root, steps are tracked by a private freezer cgroup as in production,
 where a signal to a step reaches what srun started and not its children.
 """
 
@@ -22,14 +22,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "munge", "sbatch", "srun", "squeue", "sinfo", "scontrol", "scancel",
             "unshare")  # fmt: skip
 INSTALL = "apt-get install slurm-wlm munge"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-CPUS, GPUS = 4, 2  # of a node; more than there are is fine
-KILL_WAIT, GRACE, SILENCE, REQUEUE_WAIT = 10, 10, 10, 5  # seconds; 5 is the least for the last
+CPUS, GPUS = 4, 2  # of a node; may be more than the machine has
+KILL_WAIT, GRACE, SLURMD_TIMEOUT, REQUEUE_WAIT = 10, 10, 10, 5  # seconds; REQUEUE_WAIT is at least 5
 
-# Run by a shell within a node's namespaces: its name, its hosts, its corner of the freezer; then slurmd.
+# Run by a shell in a node's namespaces: sets the host name, /etc/hosts and the cgroup of the freezer; then slurmd.
 ENTER = """
 hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts || exit 1
 if [ -n "$3" ]; then
@@ -64,7 +66,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 KillWait={kill_wait}
-SlurmdTimeout={silence}
+SlurmdTimeout={slurmd_timeout}
 MessageTimeout=10
 MinJobAge=86400
 ReturnToService=2
@@ -77,7 +79,7 @@ PartitionName=high Nodes=ALL State=UP MaxTime=INFINITE PriorityTier=10 PreemptMo
 
 
 class Unavailable(Exception):
-    """There can be no cluster on this machine; the message says what to install."""
+    """This machine cannot run a cluster; the message says what is missing."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -94,15 +96,15 @@ def _works(command: Sequence[str]) -> bool:
 
 def _namespaces() -> list[str]:
     """The unshare command that gives a node its namespaces. Raises Unavailable."""
-    for more in ([], ["--map-current-user", "--keep-caps"]):
-        command = ["unshare", "--uts", "--mount", "--propagation", "private", *more]
+    for user_options in ([], ["--map-current-user", "--keep-caps"]):
+        command = ["unshare", "--uts", "--mount", "--propagation", "private", *user_options]
         if _works([*command, "sh", "-c", "hostname probe && mount --bind /dev/null /etc/hosts"]):
             return command
     raise Unavailable("a Slurm on this machine needs root or unprivileged user namespaces")
 
 
 class Cluster:
-    """Use as a context manager. `environment` is what a client needs beyond its own."""
+    """Use as a context manager. A client needs `environment` in addition to its own."""
 
     def __init__(self, nodes: int = 2) -> None:
         path = f"{os.environ['PATH']}:{SBIN}"
@@ -111,7 +113,7 @@ class Cluster:
             raise Unavailable(f"no {missing[0]} on this machine: {INSTALL}")
         self._unshare = _namespaces()
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self._folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))  # sockets' paths must be short
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm.", dir="/tmp"))  # the paths of sockets must be short
         self.environment = {"SLURM_CONF": str(self._folder / "etc" / "slurm.conf")}
         self._daemon_environment = {
             "PATH": path, "HOME": os.environ.get("HOME", "/"), "LANG": "C", **self.environment,
@@ -121,7 +123,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            self._boot()
+            self._start_all()
         except BaseException:
             self.stop()
             raise
@@ -139,20 +141,14 @@ class Cluster:
         return done.stdout.strip()
 
     def fail(self, node: str) -> None:
-        """A node dies: every process on it, at once; the controller is told."""
-        inside = self._namespace(node)
-        own = _mount_namespace("self")
-        assert inside != own
-        while victims := [pid for pid in _processes() if _mount_namespace(pid) == inside]:
-            for pid in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        """The node fails: every process on it is killed, at once, and the controller is told."""
+        assert _in_namespace(self._namespace(node)), f"{node} is down"
+        self._kill_all(node)
         self._daemons.pop(node).wait()
         self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def restore(self, node: str) -> None:
-        """The node comes back, empty."""
+        """The node is up again, without jobs."""
         self._start_node(node)
         self._until_idle(1, node)
 
@@ -165,10 +161,7 @@ class Cluster:
     def stop(self) -> None:
         for node in self.nodes:
             if node in self._daemons:
-                with contextlib.suppress(OSError):
-                    inside = self._namespace(node)
-                    if inside != _mount_namespace("self"):
-                        self._kill_all(inside)
+                self._kill_all(node)
         for daemon in reversed(self._daemons.values()):
             daemon.kill()
             daemon.wait()
@@ -176,25 +169,37 @@ class Cluster:
             self._in_freezer('find "$2/cgroup/all/$1" -depth -type d -exec rmdir {} +')
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _kill_all(self, inside: str) -> None:
-        for _ in range(100):
-            victims = [pid for pid in _processes() if _mount_namespace(pid) == inside]
-            if not victims:
-                return
-            for pid in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+    def processes(self) -> list[psutil.Process]:
+        """The daemons with their children, and everything that runs on a node. No other process of the machine."""
+        up = [node for node in self.nodes if node in self._daemons]
+        processes = {process for node in up for process in _in_namespace(self._namespace(node))}
+        for daemon in self._daemons.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(daemon.pid)
+                processes |= {process, *process.children(recursive=True)}
+        return list(processes)
 
     def _namespace(self, node: str) -> str:
         return _mount_namespace(self._daemons[node].pid)
+
+    def _kill_all(self, node: str) -> None:
+        """Until none is left, since a process may start another one before it is killed."""
+        namespace = self._namespace(node)
+        for _ in range(100):
+            processes = _in_namespace(namespace)
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not processes:
+                return
+            time.sleep(0.02)
 
     def _in_freezer(self, command: str) -> bool:
         mount = f'mount -t cgroup -o freezer none "$2/cgroup/all" && {command}'
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh"]
         return _works([*inside, self._freezer, str(self._folder)])
 
-    def _boot(self) -> None:
+    def _start_all(self) -> None:
         folder = self._folder
         for part in ("etc", "munge", "state", "run", "log", "dev", "cgroup/all", "cgroup/freezer",
                      *(f"spool/{node}" for node in self.nodes)):  # fmt: skip
@@ -225,7 +230,7 @@ class Cluster:
         addresses = {node: f"127.0.77.{number}" for number, node in enumerate(self.nodes, 1)}
         hosts = "127.0.0.1 localhost\n" + "".join(f"{address} {node}\n" for node, address in addresses.items())
         (etc / "hosts").write_text(hosts)
-        for number in range(GPUS):  # Slurm wants a device, which it never opens
+        for number in range(GPUS):  # Slurm requires a device, but never opens it
             (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
         (etc / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n")
         cgroup = f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/cgroup\n" if self._freezer else ""
@@ -239,7 +244,7 @@ class Cluster:
         (etc / "slurm.conf").write_text(CONF.format(
             host=socket.gethostname().partition(".")[0], port=ports[0], user=user, folder=folder,
             track="cgroup" if self._freezer else "linuxproc", nodes="\n".join(lines), kill_wait=KILL_WAIT,
-            grace=GRACE, silence=SILENCE, requeue_wait=REQUEUE_WAIT,
+            grace=GRACE, slurmd_timeout=SLURMD_TIMEOUT, requeue_wait=REQUEUE_WAIT,
         ))  # fmt: skip
 
     def _start(self, name: str, command: Sequence[str]) -> None:
@@ -258,20 +263,16 @@ class Cluster:
         def idle() -> bool:
             for name, daemon in self._daemons.items():
                 assert daemon.poll() is None, f"{name} has ended:\n{self.logs(name)}"
-            found = subprocess.run(
+            done = subprocess.run(
                 ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N", *chosen], env={**os.environ, **self.environment},
                 capture_output=True, text=True, timeout=30, check=False,
             )  # fmt: skip
-            return len(set(found.stdout.split())) >= count
+            return len(set(done.stdout.split())) >= count
 
         wait_until(idle, f"{count} idle nodes")
 
     def logs(self, name: str) -> str:
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in (self._folder / "log").glob(f"{name}.*"))
-
-
-def _processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
 
 
 def _mount_namespace(pid: int | str) -> str:
@@ -282,16 +283,28 @@ def _mount_namespace(pid: int | str) -> str:
         return ""
 
 
+def _in_namespace(namespace: str) -> list[psutil.Process]:
+    """The processes of a node: job steps are in the mount namespace of its slurmd, but are not its descendants."""
+    if namespace in ("", _mount_namespace("self")):  # slurmd has ended, or has no namespace of its own yet
+        return []
+    processes = []
+    for pid in psutil.pids():
+        if _mount_namespace(pid) == namespace:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes.append(psutil.Process(pid))
+    return processes
+
+
 def _listening() -> set[int]:
-    """Read from the kernel's table: a connection that says nothing would be an error in a daemon's log."""
-    found = set()
+    """Read from the kernel's table: a daemon would log a connection without a request as an error."""
+    ports = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A":
-                    found.add(int(fields[1].rpartition(":")[2], 16))
-    return found
+                    ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
 
 
 def _listens(port: int) -> bool:
@@ -299,7 +312,7 @@ def _listens(port: int) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    """In a row, below the range that the kernel gives to clients."""
+    """Consecutive ports below the range from which the kernel assigns ports to clients."""
     taken = _listening()
     while True:
         first = 12000 + secrets.randbelow(7000)

@@ -1,4 +1,4 @@
-"""What a job may be: the lint, times, the grid of a sweep, the site file."""
+"""The validation of a job, times, the grid of a sweep, the site file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import Refused, sweep
-from launch.job import Job, lint, parse_minutes, time_text
+from launch.job import Job, parse_minutes, time_text, validate
 from launch.site import Container, Site, read_site
 
 from ..golden_jobs import GOLDEN
@@ -20,11 +20,11 @@ def job(**options: object) -> Job:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_golden_jobs_can_work(name: str) -> None:
     golden, site, _ = GOLDEN[name]
-    lint(golden, site)
+    validate(golden, site)
 
 
 @pytest.mark.parametrize(
-    ("options", "site", "said"),
+    ("options", "site", "message"),
     [
         ({"name": "my run"}, {}, "--name: 'my run'"),
         ({"nodes": 0}, {}, "--nodes: 0"),
@@ -34,29 +34,29 @@ def test_the_golden_jobs_can_work(name: str) -> None:
         ({"minutes": 5, "save_seconds": 200, "signal_seconds": 250}, {}, "shorter than two saves"),
         ({"minutes": 2}, {}, "is the whole time limit"),
         ({"save_seconds": 115}, {}, "leaves the ranks 110 s, and a save takes 115 s: set it to 125 or more"),
-        ({"requeue": False}, {}, "could not go on after a preemption"),
+        ({"requeue": False}, {}, "could not continue after a preemption"),
         ({"starter": "srun", "nodes": 2}, {"after_node_failure": "shrink"}, "use torchrun"),
-        ({"run": "memory://a"}, {}, "ends with the process"),
+        ({"run": "memory://a"}, {}, "is lost when the process ends"),
         ({"tasks": sweep.tasks("a", "runs/a", ["seed=1,2"]), "chain": 2}, {}, "cannot be a chain"),
         ({"arguments": ("a\0b",)}, {}, "zero byte"),
-        ({"folder": "runs/a\nb/launch"}, {}, "line end"),
+        ({"folder": "runs/a\nb/launch"}, {}, "line break"),
     ],
 )
-def test_what_cannot_work_is_refused(options: dict[str, object], site: dict[str, object], said: str) -> None:
-    with pytest.raises(Refused, match=said.replace("(", r"\(")) as problem:
-        lint(job(**options), Site(**site))  # type: ignore[arg-type]
+def test_a_job_that_cannot_work_is_refused(options: dict[str, object], site: dict[str, object], message: str) -> None:
+    with pytest.raises(Refused, match=message.replace("(", r"\(")) as problem:
+        validate(job(**options), Site(**site))  # type: ignore[arg-type]
     assert len(str(problem.value).splitlines()) == 1
 
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(Refused) as problem:
-        lint(job(nodes=0, gpus_per_node=4, minutes=1, signal_seconds=20), Site())
+        validate(job(nodes=0, gpus_per_node=4, minutes=1, signal_seconds=20), Site())
     assert len(str(problem.value).splitlines()) == 3
 
 
-def test_a_job_without_requeue_may_go_on_as_a_chain_or_give_up_at_once() -> None:
-    lint(job(requeue=False, chain=3), Site())
-    lint(job(requeue=False, crashes=0), Site())
+def test_a_job_without_requeue_may_be_a_chain_or_give_up_at_once() -> None:
+    validate(job(requeue=False, chain=3), Site())
+    validate(job(requeue=False, crashes=0), Site())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, minutes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "4h", "1:2:3:4", "-5", "1.5"])
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_an_invalid_time_is_refused(text: str) -> None:
     with pytest.raises(Refused, match="--time"):
         parse_minutes(text)
 
@@ -88,7 +88,7 @@ def test_the_folders_of_a_sweep_are_plain_names_whatever_the_values_are() -> Non
 
 @pytest.mark.parametrize("grid", [["lr"], ["=1"], ["lr="], ["lr=1,,2"], ["lr=1,1"], ["lr=1", "lr=2"],
                                   ["l r=1"], [f"seed={','.join(map(str, range(2000)))}"]])  # fmt: skip
-def test_what_is_no_grid_is_refused(grid: list[str]) -> None:
+def test_an_invalid_grid_is_refused(grid: list[str]) -> None:
     with pytest.raises(Refused, match="--sweep"):
         sweep.tasks("s", "runs/s", grid)
 
@@ -114,11 +114,11 @@ def test_the_site_file_of_the_project_changes_nothing(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("partitoin: gpu", "partitoin: unknown setting; did you mean 'partition'"),
         ("partition: gpu\npartition: cpu", "duplicate key 'partition' in line 2: keep one"),
-        ("modules: cuda", "modules: 'cuda' should be a list of texts"),
+        ("modules: cuda", "modules: 'cuda' should be a list of strings"),
         ("signal_seconds: long", "signal_seconds: 'long' should be a whole number"),
         ("after_node_failure: hope", "should be one of wait, shrink"),
         ("container: {kind: apptainer}", "container.image: missing"),
@@ -130,11 +130,11 @@ def test_the_site_file_of_the_project_changes_nothing(monkeypatch: pytest.Monkey
         ("partition: 7", "put it into quotes"),
     ],
 )
-def test_a_mistake_in_the_site_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_a_mistake_in_the_site_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(text)
     with pytest.raises(Refused) as problem:
         read_site(str(path))
-    assert said in str(problem.value)
+    assert message in str(problem.value)
     assert str(problem.value).startswith(str(path))
     assert "\n" not in str(problem.value)

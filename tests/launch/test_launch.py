@@ -1,4 +1,4 @@
-"""The three ways to run: plainly, under torchrun, under srun. One code path, one result."""
+"""The three ways to run: directly, under torchrun, under srun. One code path, one result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_torchrun_without_arguments_trains_the_default_run(tmp_path: Path) -> No
 
 
 def test_torchrun_restarts_a_run_whose_worker_was_killed(tmp_path: Path) -> None:
-    """In place, from the last checkpoint, with the result of a run that nobody touched."""
+    """In place, from the last checkpoint, with the result of an uninterrupted run."""
     (tmp_path / "alone").mkdir()
     arguments = [*SHORT, "--duration", "400 steps", "--checkpoint.every", "20 steps"]
     run(arguments, tmp_path / "alone", 2)
@@ -102,7 +102,7 @@ def test_srun_directly_gives_rank_and_world_from_slurm(tmp_path: Path) -> None:
     assert texts[1] == ""
 
 
-def test_the_place_of_a_process_is_read_from_its_launcher() -> None:
+def test_the_rank_of_a_process_is_read_from_its_launcher() -> None:
     torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node1",
                 "MASTER_PORT": "1234", "TORCHELASTIC_RESTART_COUNT": "2",
                 "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
@@ -129,11 +129,11 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes).startswith(first)
 
 
-def test_threads_are_cores_over_ranks_unless_somebody_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_cores_over_ranks_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.distributed.process.cores", lambda: 8)
     assert threads_per_rank(ProcessInfo(), None, {}) == 8
     assert threads_per_rank(ProcessInfo(world=4, local_world=4), None, {}) == 2
     assert threads_per_rank(ProcessInfo(world=4, local_world=4), None, {"OMP_NUM_THREADS": "3"}) == 3
-    # torchrun sets 1 where nobody said anything
+    # torchrun sets 1 where nothing is set
     assert threads_per_rank(ProcessInfo(world=4, local_world=4, agent=True), None, {"OMP_NUM_THREADS": "1"}) == 2
     assert threads_per_rank(ProcessInfo(world=4, local_world=4, agent=True), 1, {"OMP_NUM_THREADS": "1"}) == 1

@@ -1,4 +1,4 @@
-"""python -m launch as a user meets it: light, clear about mistakes, and nothing is submitted after one."""
+"""python -m launch as a user sees it: quick to start, clear about mistakes, and nothing is submitted after one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SINFO = "low*|4|gpu:fake:2\nhigh|8|gpu:a100:4(S:0-1),tmp:1\ncpu|64|(null)"
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a config, and on the PATH programs that answer like Slurm's and write down what they are asked."""
+    """A folder with a config, and programs on the PATH that answer like Slurm's and record how they were called."""
     programs = {
         "sinfo": f"echo '{SINFO}'",
-        "sbatch": '[ "$1" = --version ] || { echo sbatch "$@" >> asked; echo 101; }',
+        "sbatch": '[ "$1" = --version ] || { echo sbatch "$@" >> calls; echo 101; }',
         "squeue": "cat queue 2>/dev/null || true",
-        "scancel": 'echo scancel "$@" >> asked',
-        "scontrol": 'echo scontrol "$@" >> asked',
+        "scancel": 'echo scancel "$@" >> calls',
+        "scontrol": 'echo scontrol "$@" >> calls',
     }
     (tmp_path / "bin").mkdir()
     for name, text in programs.items():
@@ -38,8 +38,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def asked(cluster: Path) -> list[str]:
-    path = cluster / "asked"
+def calls(cluster: Path) -> list[str]:
+    path = cluster / "calls"
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -49,7 +49,7 @@ def refused(cluster: Path, capsys: pytest.CaptureFixture[str], *words: str) -> s
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert asked(cluster) == []
+    assert calls(cluster) == []
     assert not (cluster / "runs").exists()
     lines = err.splitlines()
     assert len(lines) == 1, err
@@ -58,16 +58,21 @@ def refused(cluster: Path, capsys: pytest.CaptureFixture[str], *words: str) -> s
 
 
 def test_launch_imports_neither_torch_nor_what_is_slow() -> None:
-    code = "import sys, launch.__main__ as m; m.main(['--help'])"
-    slow = "{'torch', 'pydantic', 'numpy', 'fsspec'}"
-    text = f"{code}\nfinally: print([m for m in sys.modules if m in {slow} or m.startswith('trainer.')])"
-    text = "try:\n " + text.replace("\nfinally", "\nexcept SystemExit: pass\nfinally")
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=ROOT.parent, check=True)
-    assert done.stdout.splitlines()[-1] == "['trainer.config.yaml_file']"
+    code = """
+import contextlib, sys
+from launch.__main__ import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+slow = {"torch", "pydantic", "numpy", "fsspec"}
+print(sorted(module for module in sys.modules if module in slow or module.startswith("trainer.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    allowed = ["trainer.config", "trainer.config.status", "trainer.config.yaml_file"]
+    assert done.stdout.splitlines()[-1] == str(allowed)
 
 
-def test_launch_knows_nothing_of_the_trainer_but_its_config() -> None:
-    allowed = ("trainer.config.options", "trainer.config.yaml_file")
+def test_launch_imports_nothing_of_the_trainer_but_its_config() -> None:
+    allowed = ("trainer.config.options", "trainer.config.status", "trainer.config.yaml_file")
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -81,7 +86,7 @@ def test_a_job_is_written_submitted_and_found_again(cluster: Path, capsys: pytes
     assert main(["slurm", "--time", "10", "--partition", "high", "--", "c.yaml", "--seed", "3"]) == 0
     out = capsys.readouterr().out
     assert "job 101: log runs/c/launch/slurm-101.out" in out
-    assert asked(cluster) == ["sbatch --parsable runs/c/launch/job.sbatch"]
+    assert calls(cluster) == ["sbatch --parsable runs/c/launch/job.sbatch"]
     script = (cluster / "runs" / "c" / "launch" / "job.sbatch").read_text()
     assert "arguments=(c.yaml --seed 3)\nrun=runs/c\n" in script
     assert main(["status", "c"]) == 0
@@ -94,17 +99,17 @@ def test_a_job_is_written_submitted_and_found_again(cluster: Path, capsys: pytes
     assert "job 101  running" in capsys.readouterr().out
     assert main(["requeue", "c"]) == 0
     assert main(["cancel", "c"]) == 0
-    assert asked(cluster)[1:] == ["scontrol requeue 101", "scancel 101"]
+    assert calls(cluster)[1:] == ["scontrol requeue 101", "scancel 101"]
     (cluster / "queue").write_text("")
     assert main(["requeue", "c"]) == 0
-    assert asked(cluster)[-1] == "sbatch --parsable runs/c/launch/job.sbatch"
+    assert calls(cluster)[-1] == "sbatch --parsable runs/c/launch/job.sbatch"
 
 
-def test_a_chain_is_so_many_jobs_each_after_the_one_before(cluster: Path) -> None:
+def test_a_chain_is_a_number_of_jobs_each_after_the_previous_one(cluster: Path) -> None:
     assert main(["slurm", "--chain", "3", "--time", "10", "--", "c.yaml"]) == 0
     script = "runs/c/launch/job.sbatch"
     after = f"sbatch --parsable --dependency=afterany:101 {script}"
-    assert asked(cluster) == [f"sbatch --parsable {script}", after, after]
+    assert calls(cluster) == [f"sbatch --parsable {script}", after, after]
 
 
 def test_a_sweep_is_an_array(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,11 +125,11 @@ def test_dry_runs_show_and_leave_nothing(cluster: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=c\n")
     assert main(["local", "--dry-run", "--ranks", "2", "--", "c.yaml", "--data.root", "a b"]) == 0
     assert capsys.readouterr().out.endswith("-m trainer c.yaml --data.root 'a b'\n")
-    assert asked(cluster) == []
+    assert calls(cluster) == []
     assert not (cluster / "runs").exists()
 
 
-def test_where_a_run_lives(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_directory_of_a_run(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def script(*words: str) -> str:
         assert main(["slurm", "--dry-run", "--time", "9", *words]) == 0
         return capsys.readouterr().out
@@ -148,7 +153,7 @@ def test_without_sbatch_on_the_path(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             ["slurm", "--partition", "hihg", "--", "c.yaml"],
@@ -175,9 +180,9 @@ def test_without_sbatch_on_the_path(
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_submitted(
-    cluster: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    cluster: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert said in refused(cluster, capsys, *words)
+    assert message in refused(cluster, capsys, *words)
 
 
 def test_what_sbatch_says_is_passed_on(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,18 +199,18 @@ def test_a_name_in_use_by_another_config_is_refused(cluster: Path, capsys: pytes
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("optimizer: {lr: 0.001, betas: [0.9, 0.99]}\nbatch_size: 64\nduration: 5 epochs\n")
 
-    def said(*words: str) -> str:
+    def message(*words: str) -> str:
         assert main([*submit, *words]) == 2
         return capsys.readouterr().err
 
-    assert "optimizer.lr is 0.001 there, now it is '3e-4': choose another --name" in said(
+    assert "optimizer.lr is 0.001 there, now it is '3e-4': choose another --name" in message(
         "c.yaml", "--optimizer.lr", "3e-4"
     )
     (cluster / "other.yaml").write_text("batch_size: 32\n")
-    assert "batch_size is 64 there, now it is 32" in said("other.yaml", "--run.url", "runs/c")
-    assert asked(cluster) == []
+    assert "batch_size is 64 there, now it is 32" in message("other.yaml", "--run.url", "runs/c")
+    assert calls(cluster) == []
     assert main([*submit, "c.yaml", "--duration", "9 epochs", "--optimizer.lr=1e-3"]) == 0
-    assert len(asked(cluster)) == 1
+    assert len(calls(cluster)) == 1
 
 
 def test_a_name_that_was_submitted_with_another_config_is_refused(
@@ -222,9 +227,21 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_twice(cluster: Path, capsys
     (cluster / "queue").write_text("101|101|PENDING|0:00|9:00|1|(Resources)\n")
     assert main(["slurm", "--time", "10", "--", "c.yaml"]) == 2
     assert "'c' is in the queue as job 101" in capsys.readouterr().err
-    assert len(asked(cluster)) == 1
+    assert len(calls(cluster)) == 1
+
+
+@pytest.mark.parametrize("flag", ["--attempt", "--life"])  # --life: in scripts of jobs that are still in a queue
+def test_the_batch_script_gets_a_decision_on_standard_output_and_the_log_the_reason(
+    cluster: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    (cluster / "run").mkdir()
+    (cluster / "run" / "outcome.json").write_text('{"status": "preempted", "life": "101.0"}')
+    words = ["after", "--run", "run", "--record", "attempts.jsonl", flag, "101.0", "--code", "143", "--crashes", "3"]
+    assert main(words) == 0
+    assert capsys.readouterr() == ("requeue\n", "launch: preempted at step 0: requeued\n")
+    assert '"life": "101.0", "status": "preempted"' in (cluster / "attempts.jsonl").read_text()
 
 
 def test_the_trainer_may_check_the_config_first(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(cluster, capsys, "slurm", "--check", "--time", "10", "--", "c.yaml", "--optimizer.lrr", "1")
-    assert "--optimizer.lrr: unknown setting; did you mean --optimizer.lr?" in said
+    message = refused(cluster, capsys, "slurm", "--check", "--time", "10", "--", "c.yaml", "--optimizer.lrr", "1")
+    assert "--optimizer.lrr: unknown setting; did you mean --optimizer.lr?" in message

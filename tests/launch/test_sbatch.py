@@ -1,4 +1,4 @@
-"""The batch scripts: as the golden files have them, and read by bash as they were meant."""
+"""The batch scripts: equal to the golden files, and interpreted by bash as intended."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..golden_jobs import FOLDER, GOLDEN
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_script_is_what_the_golden_file_holds(name: str) -> None:
+def test_a_script_is_equal_to_its_golden_file(name: str) -> None:
     assert sbatch.script(*GOLDEN[name]) == (FOLDER / f"{name}.sbatch").read_text(), (
-        "the script has changed: look at the difference, then `python -m tests.golden_jobs`"
+        "the script has changed: review the difference, then run `python -m tests.golden_jobs`"
     )
 
 
@@ -29,7 +29,7 @@ def test_every_golden_file_belongs_to_a_job() -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_every_script_warns_appends_and_tells_the_ranks(name: str) -> None:
+def test_every_script_asks_for_a_warning_and_appends_to_its_log(name: str) -> None:
     text = (FOLDER / f"{name}.sbatch").read_text()
     for needed in ("#SBATCH --signal=B:USR1@", "#SBATCH --open-mode=append", "trap", "-m launch after"):
         assert needed in text
@@ -43,13 +43,13 @@ def test_every_script_warns_appends_and_tells_the_ranks(name: str) -> None:
 
 STUB = """#!/bin/bash
 case $(basename "$0") in
-srun) if [ "$1" = --overlap ]; then echo "${VERDICT:-done}"; exit; fi
+srun) if [ "$1" = --overlap ]; then echo "${DECISION:-done}"; exit; fi
     printf '%s\\0' "$PWD" "$@" > "$SEEN/srun"
     [ -n "${SRUN_SLEEPS:-}" ] && sleep "$SRUN_SLEEPS"; exit "${SRUN_CODE:-0}" ;;
 squeue) echo "${END:-4000000000} 1000000000" ;;
 scontrol) if [ "$1" = show ]; then echo node1; else printf '%s\\0' "$@" > "$SEEN/scontrol"; kill "$PPID"; fi ;;
 scancel) printf '%s\\0' "$@" > "$SEEN/scancel" ;;
-the-python) printf '%s\\0' "$@" > "$SEEN/after"; echo "${VERDICT:-done}" ;;
+the-python) printf '%s\\0' "$@" > "$SEEN/after"; echo "${DECISION:-done}" ;;
 apptainer | module) printf '%s\\0' "$@" > "$SEEN/$(basename "$0")"; shift 3; "$@" ;;
 esac
 """
@@ -57,7 +57,7 @@ esac
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Programs that write down how they were called, in place of Slurm's."""
+    """Programs that record how they were called, in place of Slurm's."""
     folder = tmp_path_factory.mktemp("stubs")
     for name in ("srun", "squeue", "scontrol", "scancel", "the-python"):
         (folder / name).write_text(STUB)
@@ -121,7 +121,7 @@ NASTY = st.one_of(
 def test_nothing_that_a_user_writes_is_interpreted_by_the_shell(
     stubs: Path, arguments: list[str], run: str, value: str, nodes: int
 ) -> None:
-    site = Site(environment={"SAID": value})
+    site = Site(environment={"VALUE": value})
     script = sbatch.script(job(arguments=tuple(arguments), run=run, nodes=nodes), site, "the-python")
     assert words(script, stubs) == [*arguments, "--run.url", run]
     after = seen(stubs, "after")
@@ -131,7 +131,9 @@ def test_nothing_that_a_user_writes_is_interpreted_by_the_shell(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(NASTY, max_size=3), run=NASTY, folder=st.text("ab '\"$`\\#%;", min_size=1, max_size=10))
-def test_nor_what_a_task_of_an_array_adds(stubs: Path, arguments: list[str], run: str, folder: str) -> None:
+def test_nothing_that_a_task_of_an_array_adds_is_interpreted_by_the_shell(
+    stubs: Path, arguments: list[str], run: str, folder: str
+) -> None:
     tasks = (Task("other", ("no",)), Task(run, tuple(arguments)))
     script = sbatch.script(job(tasks=tasks, arguments=("c.yaml",), folder=folder), Site(), "the-python")
     assert words(script, stubs, SLURM_ARRAY_TASK_ID="1") == ["c.yaml", *arguments, "--run.url", run]
@@ -154,18 +156,18 @@ def test_srun_directly_and_a_container_quote_as_well(stubs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "srun_code", "code", "requeued"),
+    ("decision", "srun_code", "code", "requeued"),
     [("done", "1", 0, False), ("next", "143", 0, False), ("failed", "3", 3, False), ("failed", "0", 1, False),
      ("", "7", 7, False), ("requeue", "1", -15, True)],
 )  # fmt: skip
-def test_the_verdict_and_not_the_exit_code_of_the_step_decides(
-    stubs: Path, verdict: str, srun_code: str, code: int, requeued: bool
+def test_the_decision_and_not_the_exit_code_of_the_step_counts(
+    stubs: Path, decision: str, srun_code: str, code: int, requeued: bool
 ) -> None:
-    process = start(sbatch.script(job(), Site(), "the-python"), stubs, VERDICT=verdict or " ", SRUN_CODE=srun_code)
+    process = start(sbatch.script(job(), Site(), "the-python"), stubs, DECISION=decision or " ", SRUN_CODE=srun_code)
     assert finish(process)[0] == code
     assert seen(stubs, "scontrol") == (["requeue", "12345"] if requeued else [])
     after = seen(stubs, "after")
-    assert after[after.index("--life") + 1] == "12345.0"
+    assert after[after.index("--attempt") + 1] == "12345.0"
     assert after[after.index("--code") + 1] == srun_code
 
 
@@ -175,24 +177,26 @@ def until_started(stubs: Path) -> None:
 
 
 def test_the_warning_is_passed_to_the_steps_while_they_run(stubs: Path) -> None:
-    process = start(sbatch.script(job(), Site(), "the-python"), stubs, SRUN_SLEEPS="1", SRUN_CODE="9", VERDICT="failed")
+    process = start(
+        sbatch.script(job(), Site(), "the-python"), stubs, SRUN_SLEEPS="1", SRUN_CODE="9", DECISION="failed"
+    )
     until_started(stubs)
     process.send_signal(10)
     assert finish(process)[0] == 9, "the code of the step is not lost by the trap"
     assert seen(stubs, "scancel") == ["--signal=USR1", "12345"]
 
 
-@pytest.mark.parametrize(("end", "asked"), [("4000000000", False), ("N/A", False), ("1000000000", True)])
-def test_a_cancelled_job_is_not_requeued_and_one_at_its_time_limit_is(stubs: Path, end: str, asked: bool) -> None:
-    process = start(sbatch.script(job(), Site(), "the-python"), stubs, SRUN_SLEEPS="1", END=end, VERDICT="requeue")
+@pytest.mark.parametrize(("end", "requeued"), [("4000000000", False), ("N/A", False), ("1000000000", True)])
+def test_a_cancelled_job_is_not_requeued_and_one_at_its_time_limit_is(stubs: Path, end: str, requeued: bool) -> None:
+    process = start(sbatch.script(job(), Site(), "the-python"), stubs, SRUN_SLEEPS="1", END=end, DECISION="requeue")
     until_started(stubs)
     process.send_signal(15)
-    assert finish(process)[0] == (-15 if asked else 143)
-    assert bool(seen(stubs, "scontrol")) == asked
+    assert finish(process)[0] == (-15 if requeued else 143)
+    assert bool(seen(stubs, "scontrol")) == requeued
 
 
 def test_a_job_that_may_not_be_requeued_says_so(stubs: Path) -> None:
-    process = start(sbatch.script(job(requeue=False, crashes=0), Site(), "the-python"), stubs, VERDICT="requeue")
+    process = start(sbatch.script(job(requeue=False, crashes=0), Site(), "the-python"), stubs, DECISION="requeue")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "not requeued" in output
