@@ -1,4 +1,4 @@
-"""What a background checkpoint costs the training that goes on meanwhile, at one save in 100 steps.
+"""What a background checkpoint costs the training that continues meanwhile, at one save in 100 steps.
 
 Blocks of 100 steps of the same engine take turns: without a save, and with one in their first step, to a local disk and
 to an S3 server on loopback (SeaweedFS). `blocked` is how long the loop stood still for the save, `slower` by how much
@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from trainer.distributed.runtime import StopSignals
-from trainer.engine import Every
-from trainer.run.directory import Directory
-from trainer.state import Groups
-from trainer.storage.checkpoint import CheckpointStore
+from trainer.config.status import Status
+from trainer.run.checkpoints import Checkpoints
+from trainer.run.directory import NullDirectory
+from trainer.schedule import NEVER, Every
+from trainer.storage.checkpoint import Checkpoint, CheckpointStore
 from trainer.storage.lease import Lease
 from trainer.storage.metric_log import MetricLog
 from trainer.storage.objects import Storage
@@ -53,60 +53,50 @@ class Once(Every):
 
 
 @dataclasses.dataclass
-class TimedSaver:
+class TimedSaver(NullDirectory):
     """Passes on the one save that is measured, not the one that every call of `Engine.train` ends with."""
 
-    directory: Directory
+    checkpoints: Checkpoints
     step: int = 0
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
-        if step == self.step:
-            self.directory.save(step, groups, state)
+    def save(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.step == self.step:
+            self.checkpoints.save(checkpoint)
 
 
 class Saves:
     """An engine that saves once a block to a URL."""
 
     def __init__(self, run: Ours, url: str) -> None:
-        storage, never = Storage(url), Every(None)
-        store = CheckpointStore(storage.at("checkpoints"))
+        storage = Storage(url)
         assert isinstance(run.tracker, Tracker)
         tracker = Tracker(MetricLog(storage), run.tracker.console)
-        directory = Directory(
-            run.config,
-            "benchmark",
-            storage,
-            store,
-            Lease(storage),
-            tracker.log_,
-            tracker,
-            never,
-            "accuracy",
-            True,
-            StopSignals(),
-        )
-        self.run, self.store, self.directory = run, store, directory
+        self.run, self.store = run, CheckpointStore(storage.at("checkpoints"))
+        self.checkpoints = Checkpoints(
+            self.store, Lease(storage), tracker, run.engine.boundary.evaluator, keep=3, keep_every=NEVER,
+            saved=lambda seconds: None, rescue=Path("runs") / "benchmark-rescued",
+        )  # fmt: skip
         self.blocked: list[float] = []  # seconds
 
     def block(self, steps: int) -> Cost:
-        engine = self.run.engine
-        silent, save, step = engine.saver, engine.save, engine.state.step + WARM + 1
-        engine.saver = TimedSaver(self.directory, step)
-        engine.limits = dataclasses.replace(engine.limits, save=Once(None, step))
+        boundary = self.run.engine.boundary
+        silent, save, step = boundary.saver, boundary.save, self.run.engine.state.step + WARM + 1
+        boundary.saver = TimedSaver(self.checkpoints, step)
+        boundary.limits = dataclasses.replace(boundary.limits, save=Once(None, step))
 
-        def timed(clock: Any) -> bool:
+        def timed() -> Status | None:
             began = time.perf_counter()
-            finite = save(clock)
-            if engine.state.step == step:
+            status = save()
+            if self.run.engine.state.step == step:
                 self.blocked.append(time.perf_counter() - began)
-            return finite
+            return status
 
-        engine.save = timed  # type: ignore[method-assign]
+        boundary.save = timed  # type: ignore[method-assign]
         try:
             cost = self.run.block(steps)
         finally:
-            engine.saver, engine.limits = silent, dataclasses.replace(engine.limits, save=Every(None))
-            engine.save = save  # type: ignore[method-assign]
+            boundary.saver, boundary.limits = silent, dataclasses.replace(boundary.limits, save=NEVER)
+            boundary.save = save  # type: ignore[method-assign]
         self.store.wait()
         if failure := self.store.failure():
             raise failure

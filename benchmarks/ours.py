@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from trainer.config.options import RunConfig
-from trainer.data.sources import open_data
 from trainer.distributed.process import ProcessInfo
 from trainer.distributed.runtime import Runtime
 from trainer.engine import Engine
-from trainer.run import build
-from trainer.run.directory import SilentSaver
-from trainer.state import TrainState
+from trainer.run.build import recipe
+from trainer.run.directory import NullDirectory
+from trainer.run.opened import load_config
+from trainer.schedule import NEVER
 from trainer.storage.metric_log import MetricLog
 from trainer.storage.objects import Storage
 from trainer.tracking.console import Console
@@ -36,7 +36,7 @@ class Stopwatch:
     """The engine's tracker, with a look at the clocks after the steps that begin and end a block."""
 
     def __init__(self, tracker: Tracker | Silent) -> None:
-        self.log, self.note, self.cut, self.health = tracker.log, tracker.note, tracker.cut, tracker.health
+        self.log, self.health = tracker.log, tracker.health
         self._progress = tracker.progress
         self.first = self.last = 0
         self._began = self._ended = (0.0, 0.0)
@@ -62,12 +62,12 @@ class Ours:
 
     def block(self, steps: int) -> Cost:
         """The cost of that many steps of `Engine.train`, after a few that do not count."""
-        engine, watch = self.engine, self.stopwatch
+        engine, watch, boundary = self.engine, self.stopwatch, self.engine.boundary
         watch.first = engine.state.step + WARM
         watch.last = watch.first + steps
-        engine.limits = dataclasses.replace(engine.limits, total_steps=watch.last)
+        boundary.limits = dataclasses.replace(boundary.limits, total_steps=watch.last)
         # The evaluation that ends a run is no part of the loop: it counts as done.
-        engine.last_eval_step, engine.totals = watch.last, {"nothing": torch.zeros(())}
+        boundary.last_eval_step, boundary.totals = watch.last, {"nothing": torch.zeros(())}
         outcome = engine.train()
         if outcome.status != "done":
             raise KeyboardInterrupt(outcome.reason)
@@ -79,32 +79,19 @@ def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
     """The trainer on Fashion-MNIST as `python -m trainer` puts it together, without checkpoints and evaluation."""
     values = {**_ALWAYS, **settings, "workload": {"name": "classifier", **settings["workload"]},
               "data": {"name": "fashion_mnist", "root": data, **settings.get("data", {})}}  # fmt: skip
-    config = build.load_config(yaml.safe_dump(values), "benchmark")
+    config = load_config(yaml.safe_dump(values), "benchmark")
     process = ProcessInfo.from_environment()
-    fashion = open_data(config.data, data, config.evaluate.split)
-    workload = build.build_workload(config, fashion.description)
+    parts = recipe(config, process.world)
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
         Runtime(process, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
     ):
-        runtime.prepare(workload, config.channels_last, config.compile)
-        plan = build.build_plan(config, len(fashion.train), workload, runtime.world)
-        limits = build.build_limits(config, plan.batch_size, plan.size)
-        never = dataclasses.replace(limits.evaluate, period=None)
+        loader = parts.prepare_workload(runtime)
         log = MetricLog(Storage(folder))
         log.rewind(0)
-        tracker = Tracker(log, Console(limits.total_steps, io.StringIO())) if runtime.main else Silent()
+        tracker = Tracker(log, Console(None, stream=io.StringIO())) if runtime.main else Silent()
         stopwatch = Stopwatch(tracker)
-        engine = Engine(
-            runtime=runtime,
-            state=TrainState(workload),
-            loader=build.build_loader(config, fashion, workload, plan, runtime),
-            tracker=stopwatch,
-            saver=SilentSaver(),
-            limits=dataclasses.replace(limits, evaluate=never, save=never, samples=never),
-            schedule=build.build_schedule(config, limits.total_steps, plan.batch_size, plan.size),
-            seed=config.seed,
-            clip_norm=config.optimizer.clip_norm,
-        )
+        parts.limits = dataclasses.replace(parts.limits, evaluate=NEVER, save=NEVER, samples=NEVER)
+        engine = parts.engine(runtime, loader, stopwatch, NullDirectory())
         yield Ours(engine, stopwatch, config, tracker)
         log.close()

@@ -32,7 +32,7 @@ def bare(data: str) -> Iterator[None]:
         order = torch.randperm(len(train))
         for start in range(0, len(train), BATCH):
             ids = order[start : start + BATCH]
-            images, labels = train.images[ids].float().mul_(1 / 90).add_(-0.81), train.labels[ids]
+            images, labels = train["image"][ids].float().mul_(1 / 90).add_(-0.81), train["label"][ids]
             F.cross_entropy(network(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -46,7 +46,7 @@ def measure(data: str, quick: bool) -> None:
         costs = take_turns(blocks, 0.3 if quick else 1.0, 3 if quick else 15)
     rows = []
     for name in ("wall", "cpu"):
-        sides = {side: [1e6 * getattr(cost, name) for cost in found] for side, found in costs.items()}
+        sides = {side: [1e6 * getattr(cost, name) for cost in blocks] for side, blocks in costs.items()}
         extra = [a - b for a, b in zip(sides["ours"], sides["bare"], strict=True)]
         rows.append([name, *(spread(sides[side], 0) for side in sides), spread(extra, 0), at_most(extra, 60)])
     header = ["time", "ours", "bare", "ours - bare", "target"]

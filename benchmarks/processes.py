@@ -54,9 +54,9 @@ def started(contenders: Mapping[str, Sequence[Command]], answers: Mapping[str, i
                 with connection:  # the file keeps it open
                     line: IO[str] = connection.makefile("rw")
                 lines[json.loads(line.readline())].append(line)
-            yield {name: _together(found) for name, found in lines.items()}
-            for found in lines.values():
-                for line in found:
+            yield {name: _together(files) for name, files in lines.items()}
+            for files in lines.values():
+                for line in files:
                     line.close()
             for process in processes:
                 process.wait(PATIENCE)

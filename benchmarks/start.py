@@ -23,13 +23,13 @@ STEPS = 100
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     first_step: float  # seconds
     all: float
     memory: float  # MB
 
 
-def live(command: Sequence[str]) -> Life:
+def measure_process(command: Sequence[str]) -> Attempt:
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
         assert process.stdout is not None
@@ -41,7 +41,7 @@ def live(command: Sequence[str]) -> Life:
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, f"{' '.join(command)} failed with code {process.returncode}"
     assert first, f"{' '.join(command)} printed no line for step 1"
-    return Life(first, time.perf_counter() - began, usage.ru_maxrss / 1024)
+    return Attempt(first, time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
 def measure(data: str, quick: bool) -> None:
@@ -49,12 +49,13 @@ def measure(data: str, quick: bool) -> None:
         "workload.network": "cnn", "data.name": "fashion_mnist", "data.root": data, "batch_size": 100,
         "duration": f"{STEPS} steps", "log.every": "1 step", "threads": 1, "device": "cpu", "wandb.mode": "disabled",
     }  # fmt: skip
-    lives: dict[str, list[Life]] = {"ours": [], "plain": []}
+    plain = [sys.executable, "-m", "benchmarks.plain"]
+    attempts: dict[str, list[Attempt]] = {"ours": [], "plain": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-start-") as folder:
         for repeat in range(1 if quick else 5):
             flags = [f"--{name}={value}" for name, value in {**settings, "run.url": f"{folder}/{repeat}"}.items()]
-            lives["ours"].append(live([sys.executable, "-m", "trainer", *flags]))
-            lives["plain"].append(live([sys.executable, "-m", "benchmarks.plain", data, "cnn", str(STEPS)]))
+            attempts["ours"].append(measure_process([sys.executable, "-m", "trainer", *flags]))
+            attempts["plain"].append(measure_process([*plain, data, "cnn", str(STEPS)]))
     rows = []
     units = {
         "first_step": ("first step, s", 2, 0.5),
@@ -62,7 +63,7 @@ def measure(data: str, quick: bool) -> None:
         "all": ("all of it, s", 2, 0),
     }
     for name, (title, digits, target) in units.items():
-        sides = {side: [getattr(one, name) for one in found] for side, found in lives.items()}
+        sides = {side: [getattr(one, name) for one in measured] for side, measured in attempts.items()}
         extra = [a - b for a, b in zip(sides["ours"], sides["plain"], strict=True)]
         medians = [f"{statistics.median(sides[side]):,.{digits}f}" for side in sides]
         rows.append([title, *medians, spread(extra, digits), at_most(extra, target) if target else ""])

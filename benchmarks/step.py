@@ -54,7 +54,7 @@ def measure(data: str, quick: bool) -> None:
         commands = {side: [["-m", "benchmarks.step", side, str(index), data]] for side in ("ours", "plain")}
         with started(commands, {"ours": 1, "plain": 1}) as blocks:
             costs = take_turns(blocks, 0.3 if quick else 2.0, 1 if quick else 7)
-        walls = {side: [cost.wall for cost in found] for side, found in costs.items()}
+        walls = {side: [cost.wall for cost in blocks] for side, blocks in costs.items()}
         gain = ratios(walls["plain"], walls["ours"])
         speeds = [f"{SETTINGS[name]['batch_size'] / statistics.median(walls[side]):,.0f}" for side in ("ours", "plain")]
         rows.append([title, *speeds, spread(gain), at_least(gain, target)])

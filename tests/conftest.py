@@ -20,6 +20,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DATA = os.environ.pop("TRAINER_DATA", None)  # configs that are made in this process would take it for their `data`
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--workload", help="tests/workloads/test_contract.py: a file of your own to hold to the contract")
+    parser.addoption("--data", help="tests/workloads/test_contract.py: the data set for it (default: fake images)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in ("workload", "data"):
+        if own := config.getoption(f"--{name}"):
+            os.environ[f"CONTRACT_{name.upper()}"] = own
+
+
 @pytest.fixture(scope="session")
 def real_data() -> str:
     """The folder with MNIST and Fashion-MNIST."""

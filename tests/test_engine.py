@@ -10,17 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.boundary import Boundary
 from trainer.data.description import Batch
 from trainer.data.plan import BatchPlan, share
-from trainer.distributed.runtime import Runtime
-from trainer.engine import Engine, Every, Limits, MicroBatches
+from trainer.distributed.runtime import Runtime, Votes
+from trainer.engine import Engine
+from trainer.metrics.evaluator import Totals
 from trainer.nn.dropout import Dropout, drawing
 from trainer.randomness import Draws
-from trainer.schedule import constant
-from trainer.state import Groups, TrainState
+from trainer.schedule import Every, Limits, constant
+from trainer.services import MicroBatches
+from trainer.state import TrainState
+from trainer.storage.checkpoint import Checkpoint
 from trainer.tracking.tracker import Silent
-from trainer.workload import Phase, Scalars, Totals, Workload
+from trainer.workload import Phase, Scalars, Workload
 
+from .engines import Keep
 from .workers import on_ranks
 
 SAMPLES, BATCH = 40, 14
@@ -73,8 +78,15 @@ class ToyGan(Workload):
         assert isinstance(self.controller, Tensor)
         self.controller.lerp_(means["real"], 0.1)
 
-    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
-        return {"score": self.critic(batch["image"].flatten(1)).sum()}
+
+class ToyEvaluator:
+    headline, maximise = "loss", False
+
+    def __init__(self, workload: ToyGan) -> None:
+        self.workload = workload
+
+    def totals(self, batch: Batch, draws: Draws) -> Totals:
+        return {"score": self.workload.critic(batch["image"].flatten(1)).sum()}
 
     def report(self, totals: Totals) -> dict[str, float]:
         return {"loss": float(totals["score"]) / SAMPLES}
@@ -101,6 +113,8 @@ class ToyLoader:
         rows = share(SAMPLES, self.runtime.rank, self.runtime.world)
         yield rows, {"image": self.points[rows], "id": torch.arange(SAMPLES)[rows]}
 
+    evaluation_rows = SAMPLES
+
     def bad_samples(self) -> list[str]:
         return []
 
@@ -108,34 +122,25 @@ class ToyLoader:
         return torch.zeros(len(list(ids)), 2, 1, 1)
 
 
-class Keep:
-    """A saver that keeps the last checkpoint."""
-
-    def save(self, step: int, groups: Groups, state: dict[str, object]) -> None:
-        self.last = (groups, state)
-
-    def show(self, step: int, samples: object) -> None: ...
-
-
-def make(runtime: Runtime, steps: int, accumulation: int = 1) -> tuple[Engine, Keep]:
+def make(
+    runtime: Runtime, steps: int, accumulation: int = 1, checkpoint: Checkpoint | None = None
+) -> tuple[Engine, Keep]:  # fmt: skip
     torch.manual_seed(0)
-    workload, saver = ToyGan(), Keep()
+    workload, saver, loader = ToyGan(), Keep(), ToyLoader(runtime, accumulation)
     runtime.prepare(workload, None, False)
-    never = Every(None)
-    limits = Limits(steps, None, Every(Fraction(3)), never, never, None, never)
-    loader = ToyLoader(runtime, accumulation)
-    return Engine(runtime, TrainState(workload), loader, Silent(), saver, limits, constant, seed=5), saver
+    state = TrainState(workload, runtime, loader.plan, "loss", False)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    limits = Limits(steps, log=Every(Fraction(3)))
+    return Engine(Boundary(runtime, state, ToyEvaluator(workload), loader, Silent(), saver, limits, 5), constant), saver
 
 
 def weights_after(runtime: Runtime, steps: int, cut: int = 0, accumulation: int = 1) -> dict[str, Tensor]:
-    """Train; with `cut`, stop there, throw everything away, restore what was saved and go on."""
+    """Train; with `cut`, stop there, throw everything away, restore what was saved and continue."""
     engine, saver = make(runtime, cut or steps, accumulation)
     assert engine.train().status == "done"
     if cut:
-        kept = runtime.broadcast_groups(saver.last[0] if runtime.main else None)
-        state = saver.last[1]
-        engine, saver = make(runtime, steps, accumulation)
-        engine.restore(kept, state)
+        engine, _ = make(runtime, steps, accumulation, saver.on_all_ranks(runtime))
         assert engine.state.step == cut
         engine.train()
     return {name: value.clone() for name, value in engine.workload.state_dict().items()}
@@ -174,7 +179,7 @@ def test_an_epoch_that_is_no_whole_number_of_steps_has_its_boundaries_in_the_rig
 
 def collectives(runtime: Runtime) -> tuple[object, ...]:
     totals = runtime.total({"a": torch.tensor(runtime.rank + 1)} if runtime.rank else {})
-    flags = [runtime.agree(int(runtime.rank == 1), 0, 0, 0)[0] for _ in range(3)]
+    flags = [runtime.agree(Votes(stop=runtime.rank == 1)).stop for _ in range(3)]
     runtime.settle()
     return totals, flags, runtime.gather(runtime.rank), runtime.broadcast("from 0" if runtime.main else None)
 
@@ -192,7 +197,7 @@ def weights_that_are_not_finite(runtime: Runtime) -> tuple[bool, bool]:
     with torch.no_grad():
         next(engine.workload.parameters()).fill_(torch.inf)
     outcome = engine.train()
-    return outcome.status == "non_finite", hasattr(saver, "last")
+    return outcome.status == "non_finite", saver.last is not None
 
 
 @pytest.mark.parametrize("world", [1, 2])

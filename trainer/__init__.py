@@ -1,3 +1,3 @@
-"""A distributed trainer for image classifiers and GANs. Start at README.md, then workload.py and engine.py."""
+"""A distributed trainer for image classifiers and GANs. Read README.md, then workload.py, engine.py, state.py."""
 
 __version__ = "0.1.0"

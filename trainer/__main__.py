@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 COMMANDS = {
-    "train": "train a run, or go on with it (the default command)",
+    "train": "train a run, or resume it (the default command)",
     "evaluate": "evaluate a checkpoint on its held-out data",
     "predict": "label images with a checkpoint",
     "sample": "generate images with a checkpoint of a GAN",
@@ -61,8 +61,8 @@ def _rank() -> int:
 def print_error(text: str) -> None:
     """A user's mistake, a line each, from the first rank only."""
     if _rank() == 0:
-        for line in text.splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+        for line in text.splitlines():  # those of a traceback are indented
+            print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _misspelt(words: Sequence[str]) -> str | None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .workload import Scalars
-
-if TYPE_CHECKING:
-    from .distributed.runtime import Runtime
+Dump = dict[str, tuple[float, int]]  # sum and count by name
 
 
 class Meter:
-    """Sums of scalars since the last log, on the device; a rank's own, so part of what a checkpoint keeps."""
+    """Sums of scalars since the last log, on the device; a rank's own."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
-    def add(self, scalars: Scalars, weight: float, first: bool) -> None:
+    def add(self, scalars: dict[str, Tensor], weight: float, first: bool) -> None:
         """Add means over some rows, which are `weight` of a global batch; `first` opens a batch."""
         for name, value in scalars.items():
             if name not in self.sums:
@@ -32,23 +29,28 @@ class Meter:
             for name in scalars:
                 self.counts[name] += 1
 
-    def means(self, runtime: Runtime) -> dict[str, float]:
-        """Means over the steps and the global batches, on every rank; starts anew."""
-        totals = runtime.total(self.sums)
-        means = {name: float(total) / self.counts[name] for name, total in totals.items()}
+    def means(self, total: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the steps and, by `total`, over the ranks; starts again from nothing."""
+        means = {name: float(value) / self.counts[name] for name, value in total(self.sums).items()}
         self.sums, self.counts = {}, {}
         return means
 
-    def dump(self) -> dict[str, tuple[float, int]]:
+    def dump(self) -> Dump:
         return {name: (float(value), self.counts[name]) for name, value in self.sums.items()}
 
-    def load(self, dumped: dict[str, tuple[float, int]], device: torch.device, dtype: torch.dtype) -> None:
-        self.sums = {name: torch.tensor(value, device=device, dtype=dtype) for name, (value, _) in dumped.items()}
-        self.counts = {name: count for name, (_, count) in dumped.items()}
+    def load(self, meters: list[Dump], rank: int, world: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Take over what all ranks dumped. Of another world size the first rank takes all: only the sums count."""
+        own: Dump = {}
+        for meter in meters[rank : rank + 1] if len(meters) == world else meters:
+            for name, (value, count) in meter.items():
+                before = own.get(name, (0.0, 0))[0]
+                own[name] = (before + value if len(meters) == world or rank == 0 else 0.0, count)
+        self.sums = {name: torch.tensor(value, device=device, dtype=dtype) for name, (value, _) in own.items()}
+        self.counts = {name: count for name, (_, count) in own.items()}
 
 
 class Clock:
-    """Where the time of this life of the run goes; evaluation and saving do not count as training speed."""
+    """The time of this attempt at the run; evaluation and saving do not count as training speed."""
 
     def __init__(self, seconds_before: float, step: int) -> None:
         now = time.perf_counter()
@@ -56,11 +58,11 @@ class Clock:
         self._saved = self._mark = self._interval = now
         self._interval_step = step
         self._waited = self._elsewhere = 0.0
-        self.saving = self.evaluating = 0.0  # seconds of this life
+        self.saving = self.evaluating = 0.0  # seconds of this attempt
         self._steps, self._seconds = 0, 0.0  # of training alone
 
     def run_seconds(self) -> float:
-        """Since the beginning of the run, over all its lives."""
+        """Since the beginning of the run, over all its attempts."""
         return time.perf_counter() - self._origin
 
     def since_save(self) -> float:
@@ -91,5 +93,5 @@ class Clock:
         return values
 
     def speed(self, samples_per_step: int) -> float:
-        """Samples per second over all that was trained in this life."""
+        """Samples per second over all that was trained in this attempt."""
         return self._steps * samples_per_step / self._seconds if self._steps else 0.0

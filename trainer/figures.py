@@ -1,4 +1,4 @@
-"""What a workload can show: grids, points, tables. Values only; tracking/render.py draws them."""
+"""What a workload can show: scalars, grids, points, tables. Values only; tracking/ draws them."""
 
 from __future__ import annotations
 
@@ -46,3 +46,12 @@ class Matrix:
 
 
 Figure = ImageGrid | Panels | Points | Matrix
+
+
+@dataclass(frozen=True)
+class ScalarDisplay:
+    """How a logged scalar is shown. Panels and the console follow the order in which a workload lists its scalars."""
+
+    on_console: bool = False
+    label: str = ""  # on the console; default: the scalar's name
+    healthy_range: tuple[float, float] | None = None  # where the values of a stable run lie, for the plots

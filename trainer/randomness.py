@@ -77,9 +77,14 @@ class Draws:
         return self.scope[0] if isinstance(self.scope[0], int) else 0
 
     @property
-    def index(self) -> tuple[object, object]:
+    def micro_batch(self) -> int:
+        """Which micro-batch of the global batch this is; 0 outside of training."""
+        return self.scope[-1] if isinstance(self.scope[-1], int) else 0
+
+    @property
+    def index(self) -> tuple[int, int]:
         """The step and the micro-batch, which phases have in common."""
-        return self.scope[0], self.scope[-1]
+        return self.step, self.micro_batch
 
     def of(self, count: int) -> Draws:
         """The same draws for the rows 0..count-1."""

@@ -1,9 +1,11 @@
-"""Learning-rate schedules: the factor on the peak learning rate, a pure function of the step."""
+"""What depends on the step alone: the factor on the peak learning rate, and what is due."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 
 Schedule = Callable[[int], float]
 
@@ -38,3 +40,36 @@ def build(name: str, total: int, warmup: int, every: int, gamma: float, final: f
         "one_cycle": cosine(total - warmup, final),
     }
     return warmed_up(shapes[name], warmup) if warmup else shapes[name]
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something that is due every so many steps, which need not be whole: an epoch seldom is."""
+
+    period: Fraction | None
+
+    def due(self, step: int) -> bool:
+        if self.period is None or step <= 0:
+            return False
+        steps, times = self.period.numerator, self.period.denominator
+        return step * times // steps > (step - 1) * times // steps
+
+
+NEVER = Every(None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When things happen, in steps or in seconds of training."""
+
+    total_steps: int | None
+    total_seconds: float | None = None
+    log: Every = NEVER
+    evaluate: Every = NEVER
+    save: Every = NEVER
+    save_seconds: float | None = None
+    keep: Every = NEVER  # checkpoints to keep forever
+    samples: Every = NEVER
+    sample_count: int = 64
+    stop_when_unhealthy: bool = False
+    bad_samples: int = 0  # that a run may meet

@@ -1,15 +1,19 @@
-"""Everything that changes while training: a workload, its optimizers, the step. Schedules are functions of the step."""
+"""Everything that changes while training; its snapshot is the checkpoint's schema."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
+from .clock import Meter
+from .data.plan import BatchPlan
+from .distributed.runtime import Runtime
+from .nn import optim
+from .nn.row_state import RowState
+from .storage.checkpoint import Checkpoint, Groups
 from .workload import Workload
-
-Groups = dict[str, dict[str, Tensor]]  # tensors by checkpoint file and name
 
 
 class Mismatch(Exception):
@@ -17,64 +21,71 @@ class Mismatch(Exception):
 
 
 class TrainState:
-    """What a checkpoint holds. Its groups are the checkpoint's files."""
+    """A workload, its optimizers, the step, and what each rank has of its own: meters, BatchNorm statistics, rows."""
 
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
+    def __init__(self, workload: Workload, runtime: Runtime, plan: BatchPlan, headline: str, maximise: bool) -> None:
+        self.workload, self.runtime = workload, runtime
         self.step = 0
-        self.seconds = 0.0  # spent on training, over all lives of the run
+        self.seconds = 0.0  # spent on training, over all attempts at the run
+        self.meter = Meter()
+        self.headline, self.maximise = headline, maximise  # which checkpoint is the best, for those who prune later
+        self.per_rank_buffers = runtime.per_rank_buffers(workload)
+        self.row_states = {name: m for name, m in workload.named_modules() if isinstance(m, RowState)}
+        self._rows = [plan.rank_rows(rank, runtime.world) for rank in range(runtime.world)]
+        shares = [plan.rows(micro_batch, runtime.rank, runtime.world) for micro_batch in range(plan.accumulation)]
+        for state in self.row_states.values():
+            state.allocate([rows.stop - rows.start for rows in shares])
 
-    def _named_states(self) -> list[tuple[str, torch.optim.Optimizer, Tensor]]:
-        names = {parameter: name for name, parameter in self.workload.named_parameters()}
-        return [
-            (f"{phase.name}/{names[parameter]}", phase.optimizer, parameter)
-            for phase in self.workload.phases
-            for parameter in phase.parameters
-        ]
+    def snapshot(self) -> Checkpoint | None:
+        """Copies of it all on the CPU, by all ranks at a step boundary; None where a value is not finite.
 
-    def snapshot(self) -> Groups:
-        """Copies of all tensors on the CPU, taken at a step boundary."""
-        optimizer = {
-            f"{name}/{key}": value
-            for name, opt, parameter in self._named_states()
-            for key, value in opt.state.get(parameter, {}).items()
-            if value is not None
-        }
-        return {"weights": _copies(self.workload.state_dict()), "optimizer": _copies(optimizer)}
+        The first rank's holds the tensors: `weights`; `optimizer`; `lanes`, the buffers that differ from rank to rank,
+        stacked; `rows`, what belongs to the rows of the global batch, in their order.
+        """
+        runtime, workload = self.runtime, self.workload
+        meters = runtime.gather(self.meter.dump())
+        norm = torch.nn.utils.get_total_norm(workload.parameters())  # the same on every rank, as the weights are
+        if not all(map(math.isfinite, [float(norm), *(value for meter in meters for value, _ in meter.values())])):
+            return None
+        lanes = _gathered(runtime, self.per_rank_buffers)
+        rows = _gathered(runtime, {name: state.value for name, state in self.row_states.items()})
+        groups: Groups = {}
+        if runtime.main:
+            optimizer: dict[str, Tensor] = {}
+            for phase in workload.phases:
+                optimizer |= optim.tensors(phase.optimizer, self._names(phase.name))
+            groups = {"weights": runtime.to_host(workload.state_dict()), "optimizer": runtime.to_host(optimizer)}
+            if lanes:
+                groups["lanes"] = {name: torch.stack(values) for name, values in lanes.items()}
+                groups["weights"].update({name: values.mean(0) for name, values in groups["lanes"].items()})
+            if rows:
+                order = torch.argsort(torch.cat(self._rows))  # a rank holds a part of every micro-batch
+                axes = {name: state.axis for name, state in self.row_states.items()}
+                whole = {name: torch.cat(parts, axes[name]) for name, parts in rows.items()}
+                groups["rows"] = {name: value.index_select(axes[name], order) for name, value in whole.items()}
+        state = {
+            "step": self.step, "seconds": self.seconds, "meters": meters, "world_size": runtime.world,
+            "headline": self.headline, "maximise": self.maximise,
+        }  # fmt: skip
+        return Checkpoint(self.step, groups, state)
 
-    def restore(self, groups: Groups, state: dict[str, Any]) -> None:
-        """Take over a checkpoint; raises Mismatch before anything is changed."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint, also one of another world size; raises Mismatch before anything is changed."""
+        groups, state, runtime = checkpoint.groups, checkpoint.state, self.runtime
         load_weights(self.workload, groups["weights"])
-        stored = groups.get("optimizer", {})
-        for name, optimizer, parameter in self._named_states():
-            entries = {k.rpartition("/")[2]: v for k, v in stored.items() if k.rpartition("/")[0] == name}
-            # torch keeps the step count of non-capturable optimizers on the CPU, and so do we
-            optimizer.state[parameter] = {
-                key: value.clone() if key == "step" and not _fused(optimizer) else value.to(parameter.device, copy=True)
-                for key, value in entries.items()
-            }
-            for key, value in optimizer.state[parameter].items():
-                if value.shape == parameter.shape and parameter.is_contiguous(memory_format=torch.channels_last):
-                    optimizer.state[parameter][key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        self.step = state["step"]
-        self.seconds = state["seconds"]
+        for phase in self.workload.phases:
+            optim.restore(phase.optimizer, self._names(phase.name), groups.get("optimizer", {}))
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.meter.load(state["meters"], runtime.rank, runtime.world, runtime.device, runtime.dtype)
+        for name, values in groups.get("lanes", {}).items():
+            if name in self.per_rank_buffers and len(values) == runtime.world:
+                self.per_rank_buffers[name].copy_(values[runtime.rank])
+        for name, values in groups.get("rows", {}).items():
+            own = self.row_states[name]
+            own.value.copy_(values.index_select(own.axis, self._rows[runtime.rank]))
 
-
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Independent, contiguous copies on the CPU, whole before this returns."""
-    copies = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(
-            tensor.detach(), non_blocking=True
-        )
-        for name, tensor in tensors.items()
-    }
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return copies
+    def _names(self, phase: str) -> dict[Tensor, str]:
+        return {parameter: f"{phase}/{name}" for name, parameter in self.workload.named_parameters()}
 
 
 def load_weights(workload: Workload, weights: dict[str, Tensor]) -> None:
@@ -91,3 +102,9 @@ def load_weights(workload: Workload, weights: dict[str, Tensor]) -> None:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise Mismatch(f"the checkpoint is of another network: {problems[0]}{more}")
     workload.load_state_dict(weights)
+
+
+def _gathered(runtime: Runtime, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Each tensor as every rank has it, on the CPU; asks the others only where there is something to gather."""
+    ranks = runtime.gather({name: tensor.cpu() for name, tensor in tensors.items()}) if tensors else []
+    return {name: [own[name] for own in ranks] for name in tensors}

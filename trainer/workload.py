@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .data.description import Batch, Description
-from .figures import Figure
+from .figures import Figure, ScalarDisplay
+from .metrics.evaluator import Evaluator, Scores, Totals
+from .metrics.health import Rule
 from .randomness import Draws
 
 Scalars = dict[str, Tensor]  # 0-d, detached; stays on the device until it is logged
-Totals = dict[str, Tensor]  # sums and counts: may be added over batches and over ranks
 
 
 @dataclass(frozen=True)
@@ -31,28 +30,15 @@ class Phase:
     optimizer: Optimizer  # the phase trains exactly the parameters that this holds; all else is frozen meanwhile
     every: int = 1  # run only on steps divisible by this
     times: int = 1  # updates a step, each on a batch of its own (critic steps)
+    keeps_graph_of: tuple[nn.Module, ...] = ()  # not frozen: the next phase differentiates what this one made with them
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-class Quality(Protocol):
-    """Judges generated images against real ones; given to workloads that generate images."""
-
-    headline: str  # the reported metric that picks the best checkpoint; smaller is better
-
-    def totals(self, images: Tensor, ids: Tensor) -> Totals:
-        """Sums over images (B, C, H, W) in [-1, 1]; each stands beside the held-out sample of that id."""
-
-    def report(self, totals: Totals) -> dict[str, float]: ...
-
-    def classify(self, images: Tensor) -> Tensor | None:
-        """The classes (B,) of images, where they are compared by the features of a classifier of their classes."""
-
-
 class Workload(nn.Module):
-    """Its parameters and buffers are what is saved; nothing else may change while training."""
+    """Its parameters, buffers and row states are what is saved; nothing else may change while training."""
 
     data: Description
     phases: tuple[Phase, ...]
@@ -60,12 +46,10 @@ class Workload(nn.Module):
     group: int = 1  # consecutive rows that must stay on one rank: mixup pairs, packing, minibatch deviation
     whole_groups: bool = False  # whether the batch must be a multiple of that
     channels_last: bool = False  # whether this memory format makes the networks faster
-    symmetric: bool = False  # whether images come in [-1, 1], not normalised by the data set's mean and deviation
-    generates: bool = False  # whether `samples` gives images that have a quality
-    quality: Quality | None = None  # their judge
-    bands: Mapping[str, tuple[float, float]] = {}  # where the logged values of a stable run lie, for the plots
-    headline: str = "loss"  # the reported metric that the progress bar shows and that picks the best checkpoint
-    maximise: bool = False  # whether a larger headline is better
+    input_range: tuple[float, float] | None = None  # of images; None: normalised by the data set's mean and deviation
+    generates: bool = False  # whether `samples` gives images
+    scalars: Mapping[str, ScalarDisplay] = {"loss": ScalarDisplay(True), "accuracy": ScalarDisplay(True)}
+    health_rules: tuple[Rule, ...] = ()  # of this workload alone; those of every generator are in metrics/health.py
 
     @property
     def batches_per_step(self) -> int:
@@ -75,15 +59,11 @@ class Workload(nn.Module):
     def after_step(self, step: int, means: Scalars) -> None:
         """Move what no gradient moves (weight averages, controllers), equally on every rank."""
 
-    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
-        """Counts and sums over the rows of a batch; divided once, after the reduction over batches and ranks."""
+    def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
+        """What evaluates this workload. `scores` opens those of generated images; only who needs them calls it."""
         raise NotImplementedError
 
-    def report(self, totals: Totals) -> dict[str, float]:
-        """Metrics of the whole set from its totals, which are float64 and on the CPU."""
-        raise NotImplementedError
-
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
+    def figures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         """What to show after the last evaluation; `images(ids)` gives samples of the evaluated split in [0, 1]."""
         return {}
 
@@ -91,9 +71,9 @@ class Workload(nn.Module):
         """The network that a user deploys, with averaged weights where there are some."""
         raise NotImplementedError
 
-    def example(self) -> tuple[Tensor, ...]:
-        """Inputs of `inference()` for two samples, float32."""
-        return (torch.rand(2, *self.data.shape, generator=torch.Generator().manual_seed(0)),)
+    def example(self) -> dict[str, Tensor]:
+        """Inputs of `inference()` for two samples, by name, float32."""
+        raise NotImplementedError
 
     def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor | str | None:
         """As many images (N, C, H, W) in [-1, 1] as `draws` has rows, or text; None where nothing is generated."""

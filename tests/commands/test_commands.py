@@ -18,11 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer import __version__
+from trainer import __version__, workloads
 from trainer.__main__ import main
 from trainer.config.options import DataOptions
 from trainer.data.sources import open_data
-from trainer.run import build
 from trainer.run.opened import open_run
 
 from ..ranks import run
@@ -77,7 +76,7 @@ def said(answer: tuple[int, list[str], list[str]]) -> list[str]:
 def held_out() -> tuple[Tensor, Tensor]:
     """The digits that were held out: uint8 (N, 1, 8, 8) and labels."""
     part: Any = open_data(DataOptions(), "", "test").held_out
-    return part.images, part.labels
+    return part["image"], part["label"]
 
 
 def save_digit(path: Path, index: int = 0) -> None:
@@ -216,7 +215,7 @@ def test_exported_weights_fill_the_same_network(
     assert about["classes"] == [str(c) for c in range(10)]
     assert about["input"] == {"shape": ["batch", 1, 8, 8], "mean": [0.3055], "std": [0.3763], "range": [0, 1]}
     assert about["checkpoint"].endswith("step-00000024")
-    fresh = build.build_workload(opened.config, opened.data).inference().eval()
+    fresh = workloads.build(opened.config, opened.data).inference().eval()
     fresh.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
     with torch.no_grad():
         assert torch.equal(fresh(images), logits)
@@ -279,7 +278,7 @@ def test_checkpoints_are_listed_verified_and_pruned(ask: Ask, tmp_path: Path) ->
     code, _, err = ask("evaluate", "run", "--step", "16")
     assert code == 2
     assert err == [
-        f"error: {tmp_path}/run/checkpoints/{steps[1]} is damaged: weights.safetensors has other content than was "
+        f"error: {tmp_path}/run/checkpoints/{steps[1]} is corrupt: weights.safetensors has other content than was "
         f"written (sha256 differs): choose another with --step"
     ]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from wandb.proto.wandb_internal_pb2 import Record
 
-from trainer.run import build
+from trainer import workloads
 from trainer.run.opened import open_run
 
 from ..ranks import run
@@ -330,7 +330,7 @@ def test_an_exported_generator_gives_the_same_images_for_any_batch(
         assert float(line.rpartition("outputs differ by ")[2].removesuffix(" at most")) < 1e-5, line
     opened = open_run(trained.url(name))
     network = opened.workload.eval().inference().eval()
-    fresh = build.build_workload(opened.config, opened.data).inference().eval()
+    fresh = workloads.build(opened.config, opened.data).inference().eval()
     fresh.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])

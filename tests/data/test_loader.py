@@ -148,8 +148,8 @@ def test_a_batch_holds_what_the_data_set_has_under_its_ids() -> None:
     assert isinstance(data.train, Memory)
     batch = joined([loader], 0, 1)[0]
     mean, std = data.description.mean[0], data.description.std[0]
-    assert batch["label"].equal(data.train.labels[batch["id"]])
-    expected = (data.train.images[batch["id"]].double() / 255 - mean) / std
+    assert batch["label"].equal(data.train["label"][batch["id"]])
+    expected = (data.train["image"][batch["id"]].double() / 255 - mean) / std
     assert (batch["image"].double() - expected).abs().max() < 1e-6
 
 
@@ -196,8 +196,8 @@ def test_evaluation_shows_every_sample_once(world: int, resident: str, evaluatio
             end = rows.stop
             if rows.start < rows.stop:
                 seen += batch["id"].tolist()
-                assert batch["label"].equal(data.held_out.labels[batch["id"]])
-                expected = (data.held_out.images[batch["id"]].double() / 255 - 0.5) / 0.25
+                assert batch["label"].equal(data.held_out["label"][batch["id"]])
+                expected = (data.held_out["image"][batch["id"]].double() / 255 - 0.5) / 0.25
                 assert (batch["image"].double() - expected).abs().max() < 1e-6
         lengths.append(end - start)
     assert seen == list(range(22))
@@ -226,7 +226,7 @@ def test_pixels_are_held_out_images_as_a_person_sees_them(resident: str) -> None
     loader = make(name="digits", resident=resident, **AUGMENTED)
     assert isinstance(loader.data.held_out, Memory)
     found = loader.pixels(iter([3, 598, 0]))
-    assert found.equal(loader.data.held_out.images[[3, 598, 0]].float() / 255)
+    assert found.equal(loader.data.held_out["image"][[3, 598, 0]].float() / 255)
 
 
 # Images that cannot be read.
@@ -261,7 +261,7 @@ def test_a_budget_of_none_names_the_bad_image(bad: tuple[str, str]) -> None:
     root, path = bad
     loader = make(root, name="folder", size=8, batch_size=9)
     joined([loader], 0, 1)
-    message = loader.bad_images()
+    message = loader.bad_images(loader.bad_samples())
     assert message.startswith(f"data.bad_images: 1 images cannot be read, 0 are allowed: {path}: ")
     assert message.endswith(": repair or remove them, or raise data.bad_images")
     with pytest.raises(UserError) as caught:

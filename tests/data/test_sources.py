@@ -42,7 +42,7 @@ def pixels(data: DataSet, index: int, held_out: bool = False) -> np.ndarray:
     """An image of a stored split as it was written."""
     split = data.held_out if held_out else data.train
     assert not isinstance(split, Memory)
-    return np.asarray(decode(split.fetch([index])[0], split.name(index), split.channels))
+    return np.asarray(decode(split.fetch([index], "image")[0], split.name(index), split.channels))
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def test_digits_are_split_two_to_one_and_fill_the_range_of_a_byte() -> None:
     data = open_data(options("digits"), "/nowhere", "auto")
     assert isinstance(data.train, Memory)
     assert isinstance(data.held_out, Memory)
-    assert data.train.images.shape == (1198, 1, 8, 8)
-    assert data.held_out.images.shape == (599, 1, 8, 8)
-    assert data.train.images.dtype == torch.uint8
-    assert (data.train.images.min(), data.train.images.max()) == (0, 255)
+    assert data.train["image"].shape == (1198, 1, 8, 8)
+    assert data.held_out["image"].shape == (599, 1, 8, 8)
+    assert data.train["image"].dtype == torch.uint8
+    assert (data.train["image"].min(), data.train["image"].max()) == (0, 255)
     assert data.split == "test"
     assert data.description.classes == tuple("0123456789")
     assert (data.description.train_size, data.description.eval_size) == (1198, 599)
-    every = torch.cat([data.train.images, data.held_out.images]).double() / 255
+    every = torch.cat([data.train["image"], data.held_out["image"]]).double() / 255
     assert data.description.mean == pytest.approx([float(every.mean())], abs=1e-3)
     assert data.description.std == pytest.approx([float(every.std())], abs=1e-3)
 
@@ -92,13 +92,13 @@ def test_fake_data_is_the_same_every_time_and_can_be_learned() -> None:
     data, again = (open_data(options("fake", **settings), "/nowhere", "auto") for _ in range(2))
     assert isinstance(data.train, Memory)
     assert isinstance(again.train, Memory)
-    assert data.train.images.equal(again.train.images)
-    assert data.train.labels.equal(again.train.labels)
-    assert data.train.images.shape == (400, 1, 8, 8)
+    assert data.train["image"].equal(again.train["image"])
+    assert data.train["label"].equal(again.train["label"])
+    assert data.train["image"].shape == (400, 1, 8, 8)
     assert (len(data.held_out), data.description.classes) == (100, ("class 0", "class 1", "class 2", "class 3"))
-    centres = torch.stack([data.train.images[data.train.labels == c].double().mean(0) for c in range(4)])
-    distances = torch.cdist(data.held_out.images.double().flatten(1), centres.flatten(1))  # type: ignore[union-attr]
-    assert distances.argmin(1).equal(data.held_out.labels)
+    centres = torch.stack([data.train["image"][data.train["label"] == c].double().mean(0) for c in range(4)])
+    distances = torch.cdist(data.held_out["image"].double().flatten(1), centres.flatten(1))  # type: ignore[union-attr]
+    assert distances.argmin(1).equal(data.held_out["label"])
 
 
 def test_the_split_to_evaluate_can_be_chosen_and_a_missing_one_is_named() -> None:
@@ -113,12 +113,12 @@ def test_images_are_scaled_to_the_size_that_is_asked_for() -> None:
     assert (plain.description.size, large.description.size) == (8, 32)
     assert isinstance(large.train, Memory)
     assert isinstance(plain.train, Memory)
-    assert (large.train.images.shape, large.train.images.dtype) == ((1198, 1, 32, 32), torch.uint8)
-    assert large.train.labels.equal(plain.train.labels)
-    for small, image in zip(plain.train.images[:20, 0], large.train.images[:20, 0], strict=True):
+    assert (large.train["image"].shape, large.train["image"].dtype) == ((1198, 1, 32, 32), torch.uint8)
+    assert large.train["label"].equal(plain.train["label"])
+    for small, image in zip(plain.train["image"][:20, 0], large.train["image"][:20, 0], strict=True):
         expected = Image.fromarray(small.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
         assert np.abs(image.numpy().astype(int) - np.asarray(expected)).max() <= 1
-    assert large.held_out.images.shape == (599, 1, 32, 32)  # type: ignore[union-attr]
+    assert large.held_out["image"].shape == (599, 1, 32, 32)  # type: ignore[union-attr]
 
 
 def test_points_have_no_size() -> None:
@@ -149,9 +149,9 @@ def test_idx_files_are_read_packed_and_unpacked(tmp_path: Path, name: str, folde
     data = open_data(options(name), disk.write(str(tmp_path), stored), "auto")
     assert isinstance(data.train, Memory)
     written = np.frombuffer(files[f"{folder}/raw/train-images-idx3-ubyte"][16:], np.uint8).reshape(7, 1, 28, 28)
-    assert data.train.images.tolist() == written.tolist()
-    assert data.train.labels.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert data.train.labels.dtype == torch.int64
+    assert data.train["image"].tolist() == written.tolist()
+    assert data.train["label"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert data.train["label"].dtype == torch.int64
     assert (len(data.held_out), data.split, data.description.shape) == (3, "test", (1, 28, 28))
 
 
@@ -159,12 +159,12 @@ def test_idx_files_are_read_packed_and_unpacked(tmp_path: Path, name: str, folde
 def test_the_real_files_have_the_sizes_and_the_moments_that_are_published(real_data: str, name: str) -> None:
     data = open_data(options(name), real_data, "auto")
     assert isinstance(data.train, Memory)
-    assert data.train.images.shape == (60000, 1, 28, 28)
+    assert data.train["image"].shape == (60000, 1, 28, 28)
     assert len(data.held_out) == 10000
-    assert torch.bincount(data.held_out.labels).tolist() == (
+    assert torch.bincount(data.held_out["label"]).tolist() == (
         [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009] if name == "mnist" else [1000] * 10
     )
-    values = data.train.images[:, 0].float() / 255
+    values = data.train["image"][:, 0].float() / 255
     assert data.description.mean == pytest.approx([float(values.mean())], abs=5e-4)
     assert data.description.std == pytest.approx([float(values.std())], abs=5e-4)
 
@@ -271,8 +271,8 @@ def test_cifar_is_read_in_its_original_layout(
     data = open_data(options(name), str(tmp_path), "auto")
     assert isinstance(data.train, Memory)
     assert isinstance(data.held_out, Memory)
-    assert torch.cat([data.train.images, data.held_out.images]).numpy().tolist() == written.tolist()
-    assert data.train.labels.tolist() == [3, 1] * (training // 2)
+    assert torch.cat([data.train["image"], data.held_out["image"]]).numpy().tolist() == written.tolist()
+    assert data.train["label"].tolist() == [3, 1] * (training // 2)
     assert (len(data.train), len(data.held_out), data.split) == (training, 2, "test")
     assert data.description.classes[1] == "name 1"
 
@@ -377,16 +377,16 @@ def test_a_network_that_comes_back_is_waited_for_and_one_that_does_not_stops_the
         return bytes(read(self, path, *rest, **settings))
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", flaky)
-    assert all(isinstance(answer, bytes) for answer in data.train.fetch([0, 3, 1]))
+    assert all(isinstance(answer, bytes) for answer in data.train.fetch([0, 3, 1], "image"))
     assert waits == [0.5, 2.0]
     failures[0] = 100
     with pytest.raises(
         UserError, match=r"^data.root: 'memory://pictures' does not answer: .*dog/001.png: reset by peer$"
     ):
-        data.train.fetch([0, 3, 1])
+        data.train.fetch([0, 3, 1], "image")
     fsspec.filesystem("memory").rm("/pictures/train/dog/001.png")
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", read)
-    assert isinstance(data.train.fetch([3])[0], FileNotFoundError)
+    assert isinstance(data.train.fetch([3], "image")[0], FileNotFoundError)
 
 
 # What an image file may be.
@@ -556,8 +556,8 @@ def test_a_part_of_a_split_is_spread_over_it(tmp_path: Path) -> None:
     assert (part.description.eval_size, len(part.train)) == (4, 2)
     stored, some = cast(Any, whole.held_out), cast(Any, part.held_out)
     assert [some.name(i) for i in range(4)] == [stored.name(i) for i in (0, 2, 5, 7)]
-    assert some.fetch([3, 1]) == stored.fetch([7, 2])
+    assert some.fetch([3, 1], "image") == stored.fetch([7, 2], "image")
     digits = open_data(DataOptions(name="digits"), "", "auto")
     few = cast(Any, subsample(digits, 3).held_out)
-    assert few.images.equal(cast(Any, digits.held_out).images[[0, 199, 399]])
+    assert few["image"].equal(cast(Any, digits.held_out)["image"][[0, 199, 399]])
     assert subsample(digits, 10_000).description.eval_size == 599

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.config.options import DataOptions
-from trainer.data.description import Description
+from trainer.data.description import ImageDescription
 from trainer.data.transforms import Augment, Crop, apply_policy
 from trainer.randomness import uniforms
 
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 SEED = 3
 
 
-def description(channels: int = 3, size: int = 9) -> Description:
+def description(channels: int = 3, size: int = 9) -> ImageDescription:
     mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
-    return Description("made up", channels, size, ("a", "b"), mean, std, 100, 10)
+    return ImageDescription("made up", 100, 10, channels, size, ("a", "b"), mean, std)
 
 
 def augment(options: DataOptions, train: bool = True, dtype: torch.dtype = torch.float32, channels_last: bool = False,

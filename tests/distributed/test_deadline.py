@@ -88,7 +88,7 @@ def test_a_job_without_a_signal_stops_in_time_and_the_next_one_resumes(tmp_path:
                environment={"LAUNCH_END": str(round(time.time()) + 12), "SLURM_JOB_ID": "77"})  # fmt: skip
     end = outcome(tmp_path / "run")
     assert (end["status"], end["life"]) == ("time_limit", "77.0")
-    assert "stopped by the end of the job's time; the same command goes on from here" in text
+    assert "stopped by the end of the job's time; the same command resumes from here" in text
     assert json.loads(text.splitlines()[-1])["status"] == "time_limit"
     step = end["step"]
     assert step > 0

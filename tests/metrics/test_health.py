@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.options import OptimizerOptions
-from trainer.data.description import Description
-from trainer.gan.adversarial import CRITERIA
+from trainer.data.description import ImageDescription
+from trainer.gan.criteria import CRITERIA
 from trainer.metrics.health import STATES, Rules, Verdict, Watch
 from trainer.workloads import gan
+from trainer.workloads.began import Began
 
 Record = tuple[int, str, dict[str, float]]
 LOG, EVALUATE = 100, 1000  # steps between two records of a kind
@@ -49,8 +50,13 @@ def trained(count: int, **values: float) -> list[Record]:
     return [(LOG * i, "train", dict(values)) for i in range(1, count + 1)]
 
 
+def new_watch(rules: Rules | None = None) -> Watch:
+    """With the rules that BEGAN adds."""
+    return Watch(rules or Rules(), Began.health_rules)
+
+
 def verdicts(records: list[Record], watch: Watch | None = None) -> list[Verdict]:
-    watch = watch or Watch()
+    watch = watch or new_watch()
     return [watch.observe(*record) for record in records]
 
 
@@ -151,7 +157,7 @@ def test_a_healthy_run_never_trips_however_the_noise_falls(
 def test_a_value_that_is_not_finite_counts_at_once_and_for_good() -> None:
     for value in (math.nan, math.inf, -math.inf):
         for kind in ("train", "evaluate"):
-            watch = Watch()
+            watch = new_watch()
             assert watch.observe(7, kind, {"anything": value, "fine": 1.0}).state == "non_finite"
             assert watch.verdict == Verdict("non_finite", 7, "anything is not finite")
             verdicts(HEALTHY["dcgan"], watch)
@@ -159,7 +165,7 @@ def test_a_value_that_is_not_finite_counts_at_once_and_for_good() -> None:
 
 
 def test_a_null_of_the_metric_log_is_a_value_that_was_not_finite() -> None:
-    live, replayed = Watch(), Watch()
+    live, replayed = new_watch(), new_watch()
     assert live.observe(7, "train", {"a": math.nan, "b": math.inf}) == replayed.observe(
         7, "train", {"a": None, "b": None}
     )
@@ -188,7 +194,7 @@ def test_divergence_passes_after_as_many_good_evaluations_as_it_took() -> None:
 def test_near_the_floor_of_the_fid_a_ratio_is_noise() -> None:
     records = evaluations(fid=[50.0, 0.2, 0.4, 0.4, 0.4])
     assert states(records)[-1] == "diverged"
-    assert {verdict.state for verdict in verdicts(records, Watch(Rules(fid_floor=0.3)))} == {"healthy"}
+    assert {verdict.state for verdict in verdicts(records, new_watch(Rules(fid_floor=0.3)))} == {"healthy"}
 
 
 def test_a_risen_fid_with_less_diversity_is_mode_collapse() -> None:
@@ -353,19 +359,22 @@ def test_of_several_feature_extractors_the_first_by_name_counts_in_any_order() -
 def test_thresholds_are_options() -> None:
     records = evaluations(fid=[10.0, 14.0, 14.0])
     assert set(states(records)) == {"healthy"}
-    assert verdicts(records, Watch(Rules(risen=1.3, risen_evaluations=2)))[-1].state == "diverged"
+    assert verdicts(records, new_watch(Rules(risen=1.3, risen_evaluations=2)))[-1].state == "diverged"
 
 
 def test_the_bands_hold_a_discriminator_that_guesses() -> None:
-    low, high = CRITERIA["logistic"].bands["discriminator_loss"]
+    healthy = CRITERIA["logistic"].losses["discriminator_loss"].healthy_range
+    assert healthy is not None
+    low, high = healthy
     assert low < math.log(2) < high
 
 
 @pytest.mark.parametrize(("loss", "shown"), [("logistic", True), ("hinge", False), ("wasserstein", False)])
 def test_only_a_gan_with_the_logistic_loss_has_bands_in_its_plots(loss: str, shown: bool) -> None:
     options = gan.Options.model_validate({"loss": loss, "width": 2})
-    data = Description("noise", 1, 8, ("0",), (0.5,), (0.5,), 16, 8)
-    assert bool(gan.build(options, data, OptimizerOptions()).bands) == shown
+    data = ImageDescription("noise", 16, 8, 1, 8, ("0",), (0.5,), (0.5,))
+    workload = gan.build(options, data, OptimizerOptions())
+    assert any(scalar.healthy_range for scalar in workload.scalars.values()) == shown
 
 
 VALUES = st.floats(0, 400) | st.floats(-1e300, 1e300) | st.sampled_from([0.0, 0.001, 0.5, 0.999, 1.0, math.nan])
@@ -399,7 +408,7 @@ def test_a_resumed_run_comes_to_the_same_verdicts(
     rows = [row for row in drawn for _ in range(times)]  # so that runs of equal records trip the rules
     records = [(step, kind, values) for step, (kind, values) in enumerate(rows)]
     whole = verdicts(records)
-    resumed = Watch()
+    resumed = new_watch()
     replayed = [resumed.observe(*through_the_log(record)) for record in records[:cut]]
     assert replayed + verdicts(records[cut:], resumed) == whole
     assert all(verdict.state in STATES and len(verdict.reason) <= 160 for verdict in whole)

@@ -19,27 +19,25 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from trainer import workloads
 from trainer.config.options import RunConfig
 from trainer.data.dataset import DataSet
-from trainer.data.description import Description, Mixture
+from trainer.data.description import ImageDescription, Mixture
 from trainer.distributed.process import ProcessInfo
 from trainer.distributed.runtime import Runtime
 from trainer.engine import Engine
 from trainer.metrics import modes
-from trainer.metrics.evaluator import Judge
 from trainer.metrics.features import Penultimate, PerChannel
+from trainer.metrics.scores import SampleScores
 from trainer.randomness import Draws
-from trainer.run import build
-from trainer.run.features import open_judge
+from trainer.run.build import open_run_data, recipe
 from trainer.run.opened import open_run
-from trainer.schedule import constant
-from trainer.state import TrainState
-from trainer.tracking.tracker import Silent
+from trainer.run.reference import open_reference
 from trainer.workload import Workload
 
+from ..engines import engine_of, metrics_of
 from ..ranks import run
 from ..results import records
-from ..test_engine import Keep
 from ..workers import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Metric:UserWarning", "ignore:std:UserWarning")  # of torchmetrics
@@ -64,29 +62,18 @@ def runtime() -> Iterator[Runtime]:
 def configure(metrics: dict[str, Any], workload: dict[str, Any] | None = None, data: dict[str, Any] | None = None,
               batch: int = 500, count: int | None = COUNT) -> RunConfig:  # fmt: skip
     workload = workload or {"name": "gan", "width": 8, "layers": 2, "latent": 8}
-    return build.model_for(workload["name"])(
+    return workloads.config_model(workload["name"])(
         workload=workload, data=data or {"name": "digits"}, batch_size=32, precision="fp64", duration="4 steps",
         metrics=metrics, evaluate={"samples": count, "batch_size": batch},
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-def engine_of(runtime: Runtime, config: RunConfig) -> tuple[Engine, Judge, DataSet]:
-    """An engine whose judge has yet to be prepared."""
-    data = build.open_run_data(config)
-    workload = build.build_workload(config, data.description)
-    judge = workload.quality = open_judge(config, data.description)
-    runtime.prepare(workload, None, False)
-    plan = build.build_plan(config, len(data.train), workload, runtime.world)
-    loader = build.build_loader(config, data, workload, plan, runtime)
-    limits = build.build_limits(config, plan.batch_size, plan.size)
-    return Engine(runtime, TrainState(workload), loader, Silent(), Keep(), limits, constant, seed=5), judge, data
-
-
 def scores(runtime: Runtime, config: dict[str, Any], trained: bool = False) -> dict[str, float]:
-    engine, judge, _ = engine_of(runtime, configure(**config))
-    judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
-    assert engine.train().status == "done" if trained else engine.evaluate()
-    return engine.metrics
+    engine, _ = engine_of(runtime, configure(**config))
+    if trained:
+        assert engine.train().status == "done"
+        return engine.boundary.metrics
+    return metrics_of(engine)
 
 
 # What the scores should be
@@ -95,14 +82,14 @@ def scores(runtime: Runtime, config: dict[str, Any], trained: bool = False) -> d
 @torch.no_grad()
 def fakes_of(workload: Workload, count: int, averaged: bool = True) -> Tensor:
     """All generated images of an evaluation, as 8-bit files would hold them, in [0, 1]."""
-    draws = Draws(5, ("evaluate",), slice(0, count), torch.device("cpu"), torch.float64)
+    draws = Draws(0, ("evaluate",), slice(0, count), torch.device("cpu"), torch.float64)
     network: Any = workload.inference() if averaged else workload.generator
     images = network.eval()(workload.latents(draws))  # type: ignore[operator]
     return ((images.float() + 1) * 127.5).round() / 255
 
 
 def reals_of(data: DataSet) -> Tensor:
-    return data.held_out.images.float() / 255  # type: ignore[union-attr]
+    return data.held_out["image"].float() / 255  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -164,8 +151,9 @@ def check(found: dict[str, float], label: str, expected: dict[str, float]) -> No
 @pytest.fixture(scope="module")
 def good(runtime: Runtime) -> tuple[Engine, DataSet]:
     """A generator that is good enough for every score to mean something: the training digits' principal components."""
-    engine, _, data = engine_of(runtime, configure({}, {"name": "gan", "width": 8, "latent": 12}))
-    images = data.train.images.double().flatten(1) / 127.5 - 1  # type: ignore[union-attr]
+    engine, parts = engine_of(runtime, configure({}, {"name": "gan", "width": 8, "latent": 12}))
+    data = parts.data
+    images = data.train["image"].double().flatten(1) / 127.5 - 1  # type: ignore[union-attr]
     _, deviations, axes = torch.linalg.svd(images - images.mean(0), full_matrices=False)
     linear = nn.Linear(12, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -175,18 +163,18 @@ def good(runtime: Runtime) -> tuple[Engine, DataSet]:
     return engine, data
 
 
-def eval_size(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> tuple[dict[str, float], Judge]:
+def evaluated(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> tuple[dict[str, float], SampleScores]:
     engine, data = good
-    judge = engine.workload.quality = open_judge(configure({"features": features}), data.description)
-    judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
-    assert engine.evaluate()
-    return engine.metrics, judge
+    reference = open_reference(configure({"features": features}), data.description)
+    reference.prepare(engine.loader, runtime)  # type: ignore[arg-type]
+    engine.boundary.evaluator = engine.workload.evaluator(lambda: reference.scores)
+    return metrics_of(engine), reference.scores
 
 
 def test_scores_in_pixels_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet]
 ) -> None:
-    found, _ = eval_size(runtime, good, "pixels")
+    found, _ = evaluated(runtime, good, "pixels")
     real, fake = (images.flatten(1) * 2 - 1 for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT)))
     assert real.shape == fake.shape == (COUNT, 64)
     expected = {**library_scores(real, fake), **neighbour_scores(real, fake)}
@@ -198,18 +186,18 @@ def test_scores_in_pixels_are_those_of_the_library_over_all_images(
 def test_scores_in_the_features_of_a_classifier_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet], classifier: str
 ) -> None:
-    found, judge = eval_size(runtime, good, classifier)
+    found, scores = evaluated(runtime, good, classifier)
     (real, reals), (fake, fakes) = (
         seen_by(classifier, images) for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT))
     )
-    assert (judge.features.dimensions, judge.features.classes) == (real.shape[1], 10)
+    assert (scores.features.dimensions, scores.features.classes) == (real.shape[1], 10)
     expected = {**library_scores(real, fake), **neighbour_scores(real, fake)}
     score = InceptionScore(Same(10), splits=1)
     score.update(fakes.log())
     expected["is"] = float(score.compute()[0])
     shares = [torch.bincount(p.argmax(1), minlength=10).double() / COUNT for p in (fakes, reals)]
     expected["class_kl"] = float(F.kl_div(shares[1].log(), shares[0], reduction="sum"))
-    check(found, judge.features.label, expected)
+    check(found, scores.features.label, expected)
 
 
 def test_controls_stand_beside_the_scores(runtime: Runtime) -> None:
@@ -218,9 +206,9 @@ def test_controls_stand_beside_the_scores(runtime: Runtime) -> None:
     floor, shuffled = found["fid_floor@pixels"], found["fid_shuffled@pixels"]
     assert 0 < floor < 1
     assert shuffled > 20 * floor
-    data = build.open_run_data(configure({}, count=None))
+    data = open_run_data(configure({}, count=None))
     every = torch.arange(599) * 1198 // 599
-    train = data.train.images[every].float() / 127.5 - 1  # type: ignore[union-attr]
+    train = data.train["image"][every].float() / 127.5 - 1  # type: ignore[union-attr]
     expected = library_scores(reals_of(data).flatten(1) * 2 - 1, train.flatten(1))
     assert floor == pytest.approx(expected["fid"], rel=1e-4, abs=1e-4)
 
@@ -246,15 +234,15 @@ def test_scores_are_the_same_on_any_number_of_ranks_and_in_batches_of_any_size(k
 
 
 def test_a_score_is_named_after_the_classifier_and_the_hash_of_its_weights(classifier: str) -> None:
-    data = build.open_run_data(configure({})).description
+    data = open_run_data(configure({})).description
     labels = []
     for step in (15, 30):
         url = f"{classifier}/checkpoints/step-{step:08d}"
-        judge = open_judge(configure({"features": url}), data)
+        scores = open_reference(configure({"features": url}), data).scores
         digest = hashlib.sha256(Path(url, "weights.safetensors").read_bytes()).hexdigest()
-        assert judge.features.label == f"digits-{digest[:8]}"
-        assert judge.headline == f"fid@digits-{digest[:8]}"
-        labels.append(judge.features.label)
+        assert scores.features.label == f"digits-{digest[:8]}"
+        assert scores.headline == f"fid@digits-{digest[:8]}"
+        labels.append(scores.features.label)
     assert labels[0] != labels[1]
 
 
@@ -263,15 +251,15 @@ def test_a_score_is_named_after_the_classifier_and_the_hash_of_its_weights(class
 
 def test_the_averaged_weights_are_what_is_judged(runtime: Runtime) -> None:
     workload = {"name": "gan", "width": 8, "layers": 2, "latent": 8, "ema": 0.99}
-    engine, judge, data = engine_of(runtime, configure({"features": "pixels"}, workload))
-    judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
+    engine, parts = engine_of(runtime, configure({"features": "pixels"}, workload))
+    data = parts.data
     assert engine.train().status == "done"
     real = reals_of(data).flatten(1) * 2 - 1
     averaged, newest = (
         library_scores(real, fakes_of(engine.workload, COUNT, average).flatten(1) * 2 - 1)["fid"]
         for average in (True, False)
     )
-    assert engine.metrics["fid@pixels"] == pytest.approx(averaged, rel=1e-8)
+    assert engine.boundary.metrics["fid@pixels"] == pytest.approx(averaged, rel=1e-8)
     assert newest != pytest.approx(averaged, rel=1e-6)
 
 
@@ -292,15 +280,17 @@ class Counting:
         return self.features(images)
 
 
-def prepared(runtime: Runtime, cache: str, **more: Any) -> tuple[Judge, int]:
-    """A judge with the statistics of the real images, and at how many images it had to look for them."""
-    engine, judge, _ = engine_of(runtime, configure({"cache": cache, **more.pop("metrics", {})}, **more))
-    judge.features = counting = Counting(judge.features)  # type: ignore[assignment]
-    judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
-    return judge, counting.images
+def prepared(runtime: Runtime, cache: str, **more: Any) -> tuple[SampleScores, int]:
+    """Scores with the statistics of the real images, and at how many images they had to look for them."""
+    parts = recipe(configure({"cache": cache, **more.pop("metrics", {})}, **more), 1)
+    assert parts.reference
+    scores = parts.reference.scores
+    scores.features = counting = Counting(scores.features)  # type: ignore[assignment]
+    parts.prepare_reference(parts.prepare_workload(runtime), runtime)
+    return scores, counting.images
 
 
-def alike(a: Judge, b: Judge) -> bool:
+def alike(a: SampleScores, b: SampleScores) -> bool:
     return (
         a.controls == b.controls
         and torch.equal(a.table, b.table)
@@ -340,7 +330,7 @@ def test_other_features_counts_or_data_have_statistics_of_their_own(
 
 def test_two_folders_of_images_do_not_share_statistics(runtime: Runtime, tmp_path: Path) -> None:
     """They have the same name and the same numbers of images."""
-    judges = []
+    opened = []
     for shade, name in ((40, "dark"), (200, "light")):
         for split in ("train", "val"):
             for number in range(8):
@@ -349,12 +339,12 @@ def test_two_folders_of_images_do_not_share_statistics(runtime: Runtime, tmp_pat
                 pixels = np.random.default_rng(number).integers(shade, shade + 50, (8, 8, 3), np.uint8)
                 Image.fromarray(pixels).save(path)
         data = {"name": "folder", "root": str(tmp_path / name), "size": 8, "workers": 0}
-        judges.append(prepared(runtime, str(tmp_path / "cache"), data=data, count=None)[0])
-    assert float((judges[1].real.mean - judges[0].real.mean).mean()) == pytest.approx(160 / 127.5, abs=0.2)
+        opened.append(prepared(runtime, str(tmp_path / "cache"), data=data, count=None)[0])
+    assert float((opened[1].real.mean - opened[0].real.mean).mean()) == pytest.approx(160 / 127.5, abs=0.2)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "garbage"])
-def test_a_damaged_cache_is_taken_anew(damage: str, runtime: Runtime, tmp_path: Path) -> None:
+def test_a_corrupt_cache_is_replaced(damage: str, runtime: Runtime, tmp_path: Path) -> None:
     whole, _ = prepared(runtime, str(tmp_path))
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
@@ -363,9 +353,9 @@ def test_a_damaged_cache_is_taken_anew(damage: str, runtime: Runtime, tmp_path: 
     file.write_bytes(
         {"truncated": content[:-8], "one bit": bytes(flipped), "empty": b"", "garbage": b"\0" * 99}[damage]
     )
-    anew, looked = prepared(runtime, str(tmp_path))
+    again, looked = prepared(runtime, str(tmp_path))
     assert looked == 3 * COUNT
-    assert alike(whole, anew)
+    assert alike(whole, again)
     assert prepared(runtime, str(tmp_path))[1] == 0
 
 
@@ -392,7 +382,7 @@ def test_a_run_shares_its_cache_on_s3_with_the_next_one(tmp_path: Path, s3_serve
 
 
 def mixture(kind: str) -> tuple[DataSet, Mixture]:
-    data = build.open_run_data(configure({}, data={"name": kind}, count=None))
+    data = open_run_data(configure({}, data={"name": kind}, count=None))
     assert data.description.mixture is not None
     return data, data.description.mixture
 
@@ -407,7 +397,7 @@ def mode_scores(points: Tensor, mixture: Mixture) -> dict[str, float]:
 def test_the_held_out_points_themselves_have_all_modes(kind: str, count: int) -> None:
     """Of a Gaussian in the plane, 1 - exp(-9/2) = 98.9 % lie within three deviations."""
     data, known = mixture(kind)
-    points = data.held_out.images.flatten(1) / 127.5 - 1  # type: ignore[union-attr]
+    points = data.held_out["image"].flatten(1) / 127.5 - 1  # type: ignore[union-attr]
     found = mode_scores(points, known)
     assert len(known.centres) == found["modes"] == count
     assert found["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.008)
@@ -456,7 +446,7 @@ class Brightness(nn.Module):
 
 
 def test_modes_of_stacked_digits_are_the_digits_of_their_channels() -> None:
-    grey = Description("shades", 1, 4, tuple("0123456789"), (0.0,), (1.0,), 10, 10)
+    grey = ImageDescription("shades", 10, 10, 1, 4, tuple("0123456789"), (0.0,), (1.0,))
     features = PerChannel(Penultimate(Brightness(), grey, "shades"), 3)
     numbers = torch.tensor([0, 7, 42, 123, 999, 990])
     digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], 1)
@@ -476,20 +466,20 @@ def test_an_evaluation_of_stacked_digits_counts_what_our_own_classifier_sees(
     run([*words, "--run.url", "grey"], tmp_path)
     workload = {"name": "dcgan", "width": 2, "latent": 8}
     config = configure({"features": str(tmp_path / "grey")}, workload, {"name": "stacked_mnist", "root": real_data})
-    engine, judge, data = engine_of(runtime, config)
-    judge.prepare(engine.loader, runtime)  # type: ignore[arg-type]
-    assert engine.evaluate()
-    assert isinstance(judge.features, PerChannel)
-    found = judge.features.mode_of(fakes_of(engine.workload, COUNT) * 2 - 1)
+    engine, parts = engine_of(runtime, config)
+    metrics = metrics_of(engine)
+    assert parts.reference
+    features = parts.reference.scores.features
+    assert isinstance(features, PerChannel)
+    found = features.mode_of(fakes_of(engine.workload, COUNT) * 2 - 1)
     counts = torch.bincount(found, minlength=1000).double()
     shares = counts[counts > 0] / COUNT
-    assert engine.metrics["modes"] == (counts > 0).sum()
-    assert engine.metrics["high_quality"] == 1
-    assert engine.metrics["reverse_kl"] == pytest.approx(float((shares * (shares * 1000).log()).sum()))
-    real = judge.features.mode_of(reals_of(data) * 2 - 1)
-    assert (real == data.held_out.labels).float().mean() > 0.4  # a tenth of it would be chance
-    features = judge.features(torch.zeros(1, 3, 28, 28))[0]
-    assert features.shape == (1, 3 * 784)
+    assert metrics["modes"] == (counts > 0).sum()
+    assert metrics["high_quality"] == 1
+    assert metrics["reverse_kl"] == pytest.approx(float((shares * (shares * 1000).log()).sum()))
+    real = features.mode_of(reals_of(parts.data) * 2 - 1)
+    assert (real == parts.data.held_out["label"]).float().mean() > 0.4  # a tenth of it would be chance
+    assert features(torch.zeros(1, 3, 28, 28))[0].shape == (1, 3 * 784)
 
 
 # Inception
@@ -507,12 +497,12 @@ def test_inception_takes_its_weights_from_a_file(tmp_path: Path, monkeypatch: py
         network = kind("inception-v3-compat", names)
     path = tmp_path / "weights.pth"
     torch.save(network.state_dict(), path)
-    grey = build.open_run_data(configure({})).description
-    judge = open_judge(configure({"features": f"inception:{path}"}), grey)
-    assert judge.features.label == f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    assert (judge.features.dimensions, judge.features.classes) == (2048, 1008)
+    grey = open_run_data(configure({})).description
+    extractor = open_reference(configure({"features": f"inception:{path}"}), grey).scores.features
+    assert extractor.label == f"inception-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    assert (extractor.dimensions, extractor.classes) == (2048, 1008)
     pixels = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features, probabilities = judge.features(pixels.float() / 127.5 - 1)
+    features, probabilities = extractor(pixels.float() / 127.5 - 1)
     assert features.shape == (2, 2048)
     assert features.isfinite().all()
     assert probabilities is not None

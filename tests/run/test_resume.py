@@ -207,7 +207,7 @@ def test_a_last_checkpoint_that_cannot_be_saved_is_rescued_to_the_local_disk(tmp
     (tmp_path / "run").write_text("the disk of the run has gone away")
     assert ranks.wait() == [1]
     text = ranks.text()
-    assert "warning: a checkpoint was not saved, training goes on" in text
+    assert "warning: a checkpoint was not saved, training continues" in text
     assert "the last checkpoint could not be saved" in text
     (rescued,) = (tmp_path / "runs" / "digits_cnn-rescued" / "checkpoints").iterdir()
     assert (rescued / "MANIFEST.json").exists()

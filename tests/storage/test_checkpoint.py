@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.storage.checkpoint import MANIFEST, QUARANTINED, CheckpointStore, CorruptCheckpoint, Groups, folder
+from trainer.storage.checkpoint import (
+    MANIFEST,
+    QUARANTINED,
+    Checkpoint,
+    CheckpointStore,
+    CorruptCheckpoint,
+    Groups,
+    folder,
+)
 from trainer.storage.objects import Storage, StorageError
 
 from .test_storage import endpoint, forget_s3, use_s3
@@ -94,7 +102,7 @@ def state_of(step: int) -> dict[str, object]:
 
 def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        store.save(step, groups_of(step), state_of(step))
+        store.save(Checkpoint(step, groups_of(step), state_of(step)))
 
 
 def assert_is(store: CheckpointStore, step: int) -> None:
@@ -167,7 +175,7 @@ def test_a_committed_checkpoint_is_not_written_again(storage: Recorder) -> None:
     store = CheckpointStore(storage)
     save(store, 1)
     storage.actions.clear()
-    store.save(1, groups_of(2), state_of(2))
+    store.save(Checkpoint(1, groups_of(2), state_of(2)))
     assert storage.actions == []
     assert_is(store, 1)
 

@@ -110,12 +110,12 @@ def test_samples_from_minus_one_to_one_fill_the_grid_and_nan_is_black() -> None:
 SCRIPT = """
 import sys
 from trainer.__main__ import main
-from trainer.run import session
-finish = session.Run.finish
+from trainer.run.directory import RunDirectory
+finish = RunDirectory.finish
 def late(*words):
     assert not {"matplotlib", "wandb", "PIL.Image"} & set(sys.modules), "imported before the end of training"
     return finish(*words)
-session.Run.finish = late
+RunDirectory.finish = late
 code = main(["--duration", "4 steps", "--workload.network", "softmax", "--checkpoint.every", "2 steps",
              "--wandb.mode", "offline", "--run.url", "run"])
 assert "matplotlib" in sys.modules

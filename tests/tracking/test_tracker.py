@@ -26,6 +26,7 @@ from trainer.storage.metric_log import MetricLog, read_records
 from trainer.storage.objects import Storage, StorageError
 from trainer.tracking.console import Console
 from trainer.tracking.tracker import Tracker
+from trainer.workload import Workload
 
 from ..ranks import run
 
@@ -49,7 +50,7 @@ def texts(storage: Storage) -> dict[str, str]:
 
 def silent(log: MetricLog) -> tuple[Tracker, io.StringIO]:
     stream = io.StringIO()
-    return Tracker(log, Console(None, stream)), stream
+    return Tracker(log, Console(None, stream=stream)), stream
 
 
 def test_records_are_whole_json_lines_in_segments_that_end_at_checkpoints(storage: Storage) -> None:
@@ -236,7 +237,7 @@ def test_sinks_get_what_is_committed_and_at_the_end_of_a_done_run_the_rest(
 
 
 def test_the_best_evaluation_is_never_one_that_is_not_finite() -> None:
-    tracker = Tracker(MetricLog(Storage("memory://best")), Console(None, io.StringIO()))
+    tracker = Tracker(MetricLog(Storage("memory://best")), Console(None, stream=io.StringIO()))
     for step, accuracy in ((1, math.nan), (2, 0.5), (3, 0.7), (4, 0.6)):
         tracker.records.append({"step": step, "kind": "evaluate", "accuracy": accuracy})
     assert tracker.best("accuracy", maximise=True) == 3
@@ -247,7 +248,7 @@ def test_the_best_evaluation_is_never_one_that_is_not_finite() -> None:
 
 def test_without_a_terminal_every_record_is_a_line_of_at_most_80_columns() -> None:
     stream = io.StringIO()
-    console = Console(28125, stream)
+    console = Console(28125, Workload.scalars, stream)
     console.start(0)
     console.log(75, "train", {**TRAIN, "epoch": 0.08})
     console.log(28125, "evaluate", EVALUATE)
@@ -255,7 +256,7 @@ def test_without_a_terminal_every_record_is_a_line_of_at_most_80_columns() -> No
     assert re.fullmatch(r"step    75/28125  epoch 0\.08  loss 0\.2458  accuracy 96\.4%  123\.5k/s  ETA [\d:]+", first)
     assert second == "step 28125/28125  epoch 30.00  loss 0.1883  accuracy 95.3%  held out"
     large = io.StringIO()
-    console = Console(450360, large)
+    console = Console(450360, Workload.scalars, large)
     console.start(0)
     console._begin -= 3600 * 12
     console.log(150000, "train", TRAIN)
@@ -273,15 +274,16 @@ def test_a_full_disk_behind_standard_output_does_not_end_a_run() -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    Console(10, Full()).note("something")
+    Console(10, stream=Full()).note("something")
     with pytest.raises(BrokenPipeError):  # nobody reads any more, which is like Ctrl-C
-        Console(10, Gone()).note("something")
+        Console(10, stream=Gone()).note("something")
 
 
 SCRIPT = """
 import sys, time
-from trainer.console import Console
-console = Console(2000)
+from trainer.tracking.console import Console
+from trainer.workload import Workload
+console = Console(2000, Workload.scalars)
 console.start(0)
 console.note("before")
 for step in range(1, 2001):

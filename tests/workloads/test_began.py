@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config.options import OptimizerOptions
-from trainer.data.description import Description
+from trainer.data.description import ImageDescription
 from trainer.workloads.began import Began, Elu, Options, build
 
-DATA = Description("noise", 1, 8, ("a", "b"), (0.5,), (0.25,), 16, 8)
+DATA = ImageDescription("noise", 16, 8, 1, 8, ("a", "b"), (0.5,), (0.25,))
 
 
 def began(**options: float | str) -> Began:

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.options import OptimizerOptions
-from trainer.data.description import Description
+from trainer.data.description import ImageDescription
 from trainer.data.plan import BatchPlan
 from trainer.nn.dropout import Dropout, drawing
 from trainer.randomness import Draws
-from trainer.workloads.classifier import ADAPTED, OWN, Classifier, Options, build
+from trainer.workloads.classifier import ADAPTED, OWN, ClassificationEvaluator, Classifier, Options, build
 
 BORROWED = ("mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "googlenet", "swin_t", "squeezenet1_1")
 DEEP = ("resnet50", "resnet101", "resnet152", "vgg16_bn", "vgg19_bn")  # as their smaller sisters: one size will do
 SHAPES = ((1, 28), (3, 32), (1, 8))
 
 
-def description(channels: int, size: int, classes: int = 7) -> Description:
+def description(channels: int, size: int, classes: int = 7) -> ImageDescription:
     names = tuple(map(str, range(classes)))
-    return Description("noise", channels, size, names, (0.5,) * channels, (0.25,) * channels, 16, 8)
+    return ImageDescription("noise", 16, 8, channels, size, names, (0.5,) * channels, (0.25,) * channels)
 
 
 def classifier(network: str, channels: int = 1, size: int = 8, **options: float) -> Classifier:
@@ -215,14 +215,15 @@ def test_what_is_averaged_is_what_is_evaluated_saved_and_not_trained() -> None:
 @torch.no_grad()
 def test_the_report_counts_every_sample_once_whatever_the_batches() -> None:
     workload = classifier("softmax").eval()
+    evaluator = ClassificationEvaluator(workload)
     x, labels = images(workload, 8), torch.arange(8) % 7
     ids = torch.tensor([5, 3, 0, 7, 1, 2, 6, 4])
     totals: dict[str, Tensor] = {}
     for rows in (slice(0, 3), slice(3, 4), slice(4, 8)):
-        found = workload.evaluate({"image": x[ids[rows]], "label": labels[ids[rows]], "id": ids[rows]}, draws())
+        found = evaluator.totals({"image": x[ids[rows]], "label": labels[ids[rows]], "id": ids[rows]}, draws())
         totals = {name: totals.get(name, torch.zeros(())) + value for name, value in found.items()}
     logits = workload.network(x)
-    report = workload.report(totals)
+    report = evaluator.report(totals)
     assert report["accuracy"] == float((logits.argmax(1) == labels).double().mean())
     assert report["top5_accuracy"] == float((logits.topk(5).indices == labels[:, None]).any(1).double().mean())
     assert math.isclose(report["loss"], float(nn.functional.cross_entropy(logits, labels)), rel_tol=1e-6)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .. import workloads
 from ..config.options import RunConfig, UserError
 from ..config.settings import build_config, read_file, takes_no_value
-from ..run.build import model_for
+from ..config.user_code import digests
 
 DEFAULT_FILE = Path(__file__).parents[1] / "digits_cnn.yaml"  # what is trained where no config is given
 
@@ -63,11 +64,13 @@ def read_config(words: Sequence[str], program: str, description: str) -> tuple[R
         raise UserError(f"workload: {section!r} should be a mapping with a name: 'workload: {{name: classifier}}'")
     name = peek(flags, "--workload.name") or os.environ.get("TRAINER_WORKLOAD__NAME")
     name = name if name and not name.startswith("--") else str(section.get("name", "classifier"))
-    model = model_for(name)
+    model = workloads.config_model(name)
     if file is None and name != section["name"]:  # the default config is that of another workload
         values, section = {}, {}
     values = {**values, "workload": {"name": name, **section}}
+    values.pop("code", None)  # of an earlier run's config
     config = build_config(model, values, flags, program, description)
+    config = config.model_copy(update={"code": digests(config)})
     stem = Path(file or DEFAULT_FILE).stem
     if file and stem == "config":  # a run directory's own config
         stem = Path(file).absolute().parent.name

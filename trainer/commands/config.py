@@ -14,7 +14,7 @@ from .common import read_config, say
 def main(words: Sequence[str]) -> int:
     """Print the resolved config as YAML, or with --schema the JSON schema of all workloads."""
     if "--schema" in words:
-        options = [workloads.load(name).Options for name in workloads.names()]
+        options = [workloads.options_class(name) for name in workloads.names()]
         say(json.dumps(config_class(*options).model_json_schema(), indent=1))
         return 0
     text = "Print the resolved config as YAML. With --schema: the JSON schema, for an editor."

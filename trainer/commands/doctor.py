@@ -23,11 +23,12 @@ import torch
 
 from ..config.options import RunConfig, UserError, data_root, dump
 from ..data.dataset import DataSet
+from ..data.description import ImageDescription
 from ..distributed.process import LaunchError, cores
+from ..nn.row_state import RowState
 from ..randomness import Draws
-from ..run.build import build_plan, build_workload, open_run_data, run_url
+from ..run.build import Recipe, open_run_data, recipe, run_url
 from ..storage.objects import Storage, StorageError
-from ..workload import Workload
 from .common import peek, read_config
 
 STEPS, SAVE_EVERY = 8, 2
@@ -59,7 +60,7 @@ class _Doctor:
     def __init__(self, config: RunConfig, name: str, ranks: int) -> None:
         self.config, self.name, self.ranks = config, name, ranks
         self.data: DataSet | None = None
-        self.workload: Workload | None = None
+        self.recipe: Recipe | None = None
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "versions", self.versions
@@ -67,7 +68,7 @@ class _Doctor:
         yield "storage", self.storage
         if self.data is not None:
             yield "network", self.network
-        if self.workload is not None:
+        if self.recipe is not None:
             yield "memory", self.memory
             yield f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", self.trial
 
@@ -92,10 +93,10 @@ class _Doctor:
     def open_data(self) -> str:
         self.data = open_run_data(self.config)
         data = self.data.description
-        return (
-            f"{data.name}: {data.train_size:,} samples, {data.eval_size:,} held out ({self.data.split}), "
-            f"{len(data.classes)} classes, {data.channels}x{data.size}x{data.size}"
-        )
+        samples = f"{data.name}: {data.train_size:,} samples, {data.eval_size:,} held out ({self.data.split})"
+        if isinstance(data, ImageDescription):
+            return f"{samples}, {len(data.classes)} classes, {data.channels}x{data.size}x{data.size}"
+        return samples
 
     def storage(self) -> str:
         storage = Storage(run_url(self.config, self.name))
@@ -103,17 +104,15 @@ class _Doctor:
         return f"{storage}: may write, list, read and delete"
 
     def network(self) -> str:
-        assert self.data is not None
-        workload = build_workload(self.config, self.data.description)
-        build_plan(self.config, len(self.data.train), workload, self.ranks)
+        self.recipe = recipe(self.config, self.ranks, data=self.data)
+        workload = self.recipe.workload
         count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
-        self.workload = workload
         return f"{self.config.workload.name}: {count:,} parameters, phases {', '.join(p.name for p in workload.phases)}"
 
     def memory(self) -> str:
         """Bytes a rank needs: what is fixed, and the activations that the backward pass needs of one sample."""
-        workload = self.workload
-        assert workload is not None
+        assert self.recipe is not None
+        workload = self.recipe.workload
         trained = sum(p.numel() * p.element_size() for phase in workload.phases for p in phase.parameters)
         state = sum(t.numel() * t.element_size() for t in workload.state_dict().values())
         fixed = state + trained * (3 if self.config.optimizer.name != "sgd" else 2)
@@ -127,9 +126,8 @@ class _Doctor:
 
     def activation_bytes(self) -> float:
         """Bytes that autograd saves for the backward pass of one sample, in the phase that needs most."""
-        workload, data = self.workload, self.data
-        assert workload is not None
-        assert data is not None
+        assert self.recipe is not None
+        workload = self.recipe.workload
         saved: dict[tuple[int, torch.Size], int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,11 +135,9 @@ class _Doctor:
             return tensor
 
         rows = 2 * workload.group
-        batch = {
-            "image": torch.zeros(rows, *data.description.shape),
-            "label": torch.zeros(rows, dtype=torch.int64),
-            "id": torch.arange(rows),
-        }
+        batch = self.recipe.example_batch(rows)
+        for state in (module for module in workload.modules() if isinstance(module, RowState)):
+            state.allocate([rows])
         most = 0
         for phase in workload.phases:
             saved.clear()
@@ -172,12 +168,12 @@ class _Doctor:
 
     def trial_config(self) -> RunConfig:
         """The config with few steps, a small batch and a checkpoint every other step, on the CPU."""
-        assert self.workload is not None
+        assert self.recipe is not None
         c = self.config
         rows = ROWS_PER_RANK * self.ranks * c.accumulation
         evaluation = {"every": f"{STEPS} steps", "samples": rows, "batch_size": rows}
         return c.model_copy(update={
-            "batch_size": min(c.batch_size, max(rows, self.workload.group * self.ranks * c.accumulation)),
+            "batch_size": min(c.batch_size, max(rows, self.recipe.workload.group * self.ranks * c.accumulation)),
             "duration": f"{STEPS} steps", "device": "cpu", "threads": None,
             "data": c.data.model_copy(update={"root": _absolute(data_root(c))}),
             "precision": "fp32" if c.precision == "auto" else c.precision,

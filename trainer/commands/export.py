@@ -17,17 +17,17 @@ from ..config.options import UserError
 from ..run.opened import Trained, open_run
 from .common import Parser, checkpoint_arguments, say
 
-Inputs = tuple[Tensor, ...]  # of the network that is exported
+Inputs = dict[str, Tensor]  # of the network that is exported, by name
 
 
 def _safetensors(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
     from safetensors.torch import save_file
 
-    data = trained.data
+    data = trained.images
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
     about = {
         "workload": trained.config.workload.model_dump(mode="json"),
-        "input": {"shapes": [["batch", *tensor.shape[1:]] for tensor in example]}
+        "input": {"shapes": [["batch", *tensor.shape[1:]] for tensor in example.values()]}
         if trained.workload.generates
         else {"shape": ["batch", *data.shape], "mean": data.mean, "std": data.std, "range": [0, 1]},
         "classes": data.classes, "data": data.name, "checkpoint": trained.name,
@@ -37,7 +37,7 @@ def _safetensors(network: nn.Module, trained: Trained, example: Inputs, target: 
 
 
 def _torch(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
-    program = torch.export.export(network, example, dynamic_shapes=_any_batch(example))
+    program = torch.export.export(network, tuple(example.values()), dynamic_shapes=_any_batch(example))
     path = target / "model.pt2"
     torch.export.save(program, path)
     loaded = torch.export.load(path).module()
@@ -50,12 +50,11 @@ def _onnx(network: nn.Module, trained: Trained, example: Inputs, target: Path) -
     except ImportError:
         raise UserError("--format: onnx needs another package: pip install 'trainer[onnx]'") from None
     path = target / "model.onnx"
-    generates = trained.workload.generates
-    names = ["latents", "labels"][: len(example)] if generates else ["images"]
+    output = "images" if trained.workload.generates else "logits"
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         torch.onnx.export(
-            network, example, str(path), input_names=names, output_names=["images" if generates else "logits"],
+            network, tuple(example.values()), str(path), input_names=list(example), output_names=[output],
             dynamo=True, dynamic_shapes=_any_batch(example), external_data=False, verbose=False,
         )  # fmt: skip
     try:
@@ -65,14 +64,15 @@ def _onnx(network: nn.Module, trained: Trained, example: Inputs, target: Path) -
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def other(*inputs: Tensor) -> Any:
-        return session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})[0]
+        return session.run(None, {name: tensor.numpy() for name, tensor in zip(example, inputs, strict=True)})[0]
 
     return f"{path}; outputs differ by {_difference(network, other, example)}"
 
 
 @torch.no_grad()
 def _difference(network: nn.Module, other: Any, example: Inputs) -> str:
-    return f"{float((network(*example) - torch.as_tensor(other(*example))).abs().max()):.1e} at most"
+    inputs = tuple(example.values())
+    return f"{float((network(*inputs) - torch.as_tensor(other(*inputs))).abs().max()):.1e} at most"
 
 
 def _any_batch(example: Inputs) -> tuple[dict[int, Any], ...]:

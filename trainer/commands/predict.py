@@ -39,7 +39,7 @@ def _image_paths(names: Sequence[str]) -> list[Path]:
 @torch.no_grad()
 def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
     """(N, classes) float32 for image files, prepared as the held-out data is."""
-    data = trained.data
+    data = trained.images
     options = DataOptions(name=trained.config.data.name)
     crop = Crop(options, data.size, 0, train=False, variable_size=data.variable_size)
     normalise = Augment(options, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
@@ -70,7 +70,7 @@ def main(words: Sequence[str]) -> int:
     trained = open_run(options.checkpoint, step=options.step, best=options.best)
     if trained.workload.generates:
         raise UserError(f"{options.checkpoint}: {trained.config.workload.name} labels nothing: give a classifier's run")
-    names = trained.data.classes
+    names = trained.images.classes
     top = _probabilities(trained, paths, options.batch_size).topk(min(options.top, len(names)))
     predictions: list[Prediction] = [
         (str(path), [(names[c], round(value, 6)) for c, value in zip(classes, values, strict=True)])

@@ -20,7 +20,7 @@ def _class_of(name: str | None, trained: Trained) -> int | None:
     """The label of a class, by its name or number."""
     if name is None:
         return None
-    classes = trained.data.classes
+    classes = trained.images.classes
     if not getattr(trained.workload, "conditional", False):
         raise UserError(
             f"--class: {trained.config.workload.name} does not generate by class: leave it out, or use biggan"
@@ -55,22 +55,23 @@ def main(words: Sequence[str]) -> int:
     trained = open_run(options.checkpoint, step=options.step, best=options.best)
     workload = trained.workload.eval()
     if not workload.generates:
-        raise UserError(f"{options.checkpoint}: {trained.config.workload.name} generates nothing: give a GAN's run")
+        name = trained.config.workload.name
+        raise UserError(f"{options.checkpoint}: {name} generates nothing: give the run of a GAN")
     label = _class_of(options.label, trained)
-    found = []
+    batches = []
     for start in range(0, options.count, 256):
         rows = slice(start, min(start + 256, options.count))
-        found.append(
+        batches.append(
             workload.samples(Draws(options.seed, ("sample",), rows, torch.device("cpu")), label, options.truncation)
         )
-    samples = torch.cat([images for images in found if isinstance(images, Tensor)])
+    samples = torch.cat([images for images in batches if isinstance(images, Tensor)])
     folder_name, _, name = options.out.rpartition("/")
     if name.lower().endswith(".png"):
         title = f"{trained.data.name}, {trained.config.workload.name}, step {trained.step}"
         Storage(folder_name or ".").write(name, render.render(render.from_samples(samples, title)))
         say(f"{options.count} samples of step {trained.step}: {options.out}")
         return 0
-    if trained.data.mixture:
+    if trained.images.mixture:
         raise UserError(f"--out: {options.out!r}: points are not images: give a FILE.png")
     target = Storage(options.out)
     for index, image in enumerate(samples):

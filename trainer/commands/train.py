@@ -9,5 +9,5 @@ from .common import read_config
 
 
 def main(words: Sequence[str]) -> int:
-    config, name = read_config(words, "python -m trainer [train] [CONFIG.yaml]", "Train a run, or go on with it.")
+    config, name = read_config(words, "python -m trainer [train] [CONFIG.yaml]", "Train a run, or resume it.")
     return session.train(config, name)

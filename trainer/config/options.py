@@ -5,12 +5,11 @@ The options of a workload live in that workload's file; settings.py builds the m
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -18,82 +17,25 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
+    CliSuppress,
     SettingsConfigDict,
 )
 
+from ..storage.protocols import PROTOCOLS
+from .data_sets import DATA_SETS
+from .duration import Duration, Interval, Length, WarmUp
 from .yaml_file import write_yaml
 
-PROTOCOLS = ("file", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "ssh", "sftp", "webdav")
-DATA_SETS = (
-    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "lsun", "imagenet", "folder", "shards", "fake",
-    "ring8", "grid25", "stacked_mnist",
-)  # fmt: skip
-_UNITS = {
-    "step": "steps", "epoch": "epochs", "sample": "samples",
-    "second": "seconds", "minute": "minutes", "hour": "hours",
-}  # fmt: skip
-_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
-_WRITE_A_DURATION = "write a number and a unit: steps, epochs, samples, seconds, minutes or hours"
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line, exit code 2."""
-
-
-class Duration(BaseModel):
-    """An amount of training in the user's unit: '5 epochs', '2000 steps', '100000 samples', '3 hours'."""
-
-    model_config = ConfigDict(frozen=True)
-    amount: float
-    unit: str
-
-    @classmethod
-    def parse(cls, text: str) -> Duration:
-        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([a-z]+?)s?\s*", text)
-        if not match or match[2] not in _UNITS:
-            raise ValueError(_WRITE_A_DURATION)
-        amount = float(match[1].replace("_", ""))
-        if not math.isfinite(amount):
-            raise ValueError("is longer than a run can be")
-        return cls(amount=amount, unit=_UNITS[match[2]])
-
-    @property
-    def seconds(self) -> float | None:
-        """Length in seconds, or None where it is counted in training."""
-        return self.amount * _SECONDS[self.unit] if self.unit in _SECONDS else None
-
-    def steps(self, samples_per_step: int, epoch_samples: int) -> int:
-        """Length in steps, rounded up; at least one for anything above zero."""
-        assert self.seconds is None
-        # In fractions: 0.07 epochs of 100 steps are 7 steps, where floats give 7.000000000000001.
-        per_unit = {"steps": Fraction(1), "samples": Fraction(1, samples_per_step),
-                    "epochs": Fraction(epoch_samples, samples_per_step)}  # fmt: skip
-        return math.ceil(Fraction(str(self.amount)) * per_unit[self.unit])
-
-
-def _duration(allowed: Callable[[Duration], bool], message: str) -> BeforeValidator:
-    def check(text: object) -> object:
-        if text is None:  # for the settings that may be off
-            return None
-        if not isinstance(text, str):
-            raise ValueError(_WRITE_A_DURATION)
-        if not allowed(Duration.parse(text)):
-            raise ValueError(message)
-        return text
-
-    return BeforeValidator(check)
-
-
-Length = Annotated[str, _duration(lambda d: d.amount > 0, "must be longer than zero")]
-Interval = Annotated[
-    str, _duration(lambda d: d.seconds is None and d.amount > 0, "must be in steps, epochs or samples, and above zero")
-]
-WarmUp = Annotated[str, _duration(lambda d: d.seconds is None, "must be in steps, epochs or samples")]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _yes_or_no(value: object) -> object:
@@ -128,8 +70,12 @@ class Options(_Checked):
 
 
 class DataOptions(Options):
-    name: Literal[DATA_SETS] = "digits"  # type: ignore[valid-type]
-    """The data set. `folder` is train/ and val/ or test/ with a folder per class; `shards` is tar files."""
+    name: str = Field(
+        "digits",
+        description=f"The data set: {', '.join(DATA_SETS)}, or path/to/file.py:FUNCTION. `folder` is train/ and "
+        "val/ or test/ with a folder per class; `shards` is tar files.",
+        json_schema_extra={"examples": list(DATA_SETS)},
+    )
     root: str | None = None
     """Folder or URL that holds the data. Default: $TRAINER_DATA, else ./data."""
     download: bool = True
@@ -158,6 +104,15 @@ class DataOptions(Options):
     """Fake data only."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
     """Fake data, image folders and shards: 1 (grey) or 3 (colour)."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in DATA_SETS or "." in name:
+            return name
+        near = difflib.get_close_matches(name, DATA_SETS, 1, cutoff=0.6)
+        way_out = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"known: {', '.join(DATA_SETS)}, or path/to/file.py:FUNCTION{way_out}")
 
 
 class OptimizerOptions(Options):
@@ -221,7 +176,7 @@ class CheckpointOptions(Options):
     keep: int = Field(3, ge=1)
     """How many of the newest to keep; the best one stays as well."""
     keep_every: Interval | None = None
-    """Keep a checkpoint this often for ever. Default: never."""
+    """Keep a checkpoint this often forever. Default: never."""
 
 
 class LogOptions(Options):
@@ -245,14 +200,14 @@ class MetricsOptions(Options):
     neighbours: int = Field(5000, ge=6)
     """Samples for KID, precision, recall, density and coverage, which compare every pair."""
     cache: str | None = None
-    """Folder or URL that keeps the statistics of the real images. Default: they are taken anew in every life."""
+    """Folder or URL that keeps the statistics of the real images. Default: every attempt computes them again."""
 
 
 class HealthOptions(Options):
     """What to do when a generator collapses or does not converge."""
 
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """warn: go on; stop: end the run; rollback: go on from the best checkpoint with other noise and a lower rate."""
+    """warn: only say so; stop: end the run; rollback: back to the best checkpoint, with other noise and a lower rate."""
     rollbacks: int = Field(2, ge=1, le=100)
     """rollback only: how many times; after that the run stops."""
     lr_factor: float = Field(0.5, gt=0, le=1)
@@ -280,10 +235,10 @@ class RunOptions(Options):
 
 
 class WorkloadOptions(Options):
-    """Base of the options that a workload's file defines as `Options`; `name` is the file's name."""
+    """Base of the options that a workload's file defines as `Options`; `name` is filled in."""
 
-    name: str
-    """What is trained: the name of a file in trainer/workloads."""
+    name: str = ""
+    """What is trained: the name of a file in trainer/workloads, or the path of your own."""
 
 
 class RunConfig(_Checked, BaseSettings):
@@ -326,6 +281,8 @@ class RunConfig(_Checked, BaseSettings):
     health: HealthOptions = HealthOptions()
     wandb: WandbOptions = WandbOptions()
     run: RunOptions = RunOptions()
+    code: CliSuppress[dict[str, str]] = {}
+    """The sha256 of the user's own files, filled in."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -369,18 +326,18 @@ def check_url(url: str) -> None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings whose value differs between two dumped configs, by dotted name."""
-    found: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     for name in [*old, *(n for n in new if n not in old)]:
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{name}.")
+            changes |= differences(a, b, f"{prefix}{name}.")
         elif a != b:
-            found[prefix + name] = (a, b)
-    return found
+            changes[prefix + name] = (a, b)
+    return changes
 
 
 def is_safe(name: str) -> bool:
-    """Whether a setting may change between the lives of a run."""
+    """Whether a setting may change between attempts at a run."""
     return any(name == safe or name.startswith(safe + ".") for safe in SAFE_TO_CHANGE)
 
 

@@ -1,31 +1,45 @@
-"""What a data set is: splits of `Memory` (a uint8 tensor) or of `Stored` (images read by id), and a description."""
+"""What a data set is: splits of `Memory` (tensors) or of `Stored` (images read by id), and a description.
+
+A split says what a batch of it holds by its fields. Most hold "image" and "label"; a pair of images is two image fields
+of one sample; images of two independent sets are a data set with a `partner`, which has an order of its own; windows of
+a text are a field that is no image, with `streams` set, so that each row of the batch reads on where it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..config.options import DataOptions, UserError
-from .description import Description
+from .description import Description, ImageDescription
 
 
-@dataclass(frozen=True)
 class Memory:
-    """A split that is one tensor: images (N, C, H, W) uint8, or float in the same range; labels (N,) int64."""
+    """A split in memory: tensors (N, ...) by the name that a batch has them under.
 
-    images: Tensor
-    labels: Tensor
+    The fields in `image_fields` are (N, C, H, W) uint8, or float in the same range, and are augmented and normalised;
+    all others come as they are.
+    """
+
+    def __init__(self, fields: Mapping[str, Tensor], image_fields: tuple[str, ...] = ("image",)) -> None:
+        self.fields, self.image_fields = dict(fields), image_fields
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, field: str) -> Tensor:
+        return self.fields[field]
+
+    def rows(self, ids: Tensor) -> Memory:
+        return Memory({name: tensor[ids] for name, tensor in self.fields.items()}, self.image_fields)
 
 
-Encoded = bytes | Exception  # an image as it is stored, or why it cannot be had
+Encoded = Any  # an image as it is stored (bytes), a PIL image, or the Exception that says why it cannot be had
 
 
 class Stored(Protocol):
@@ -33,10 +47,11 @@ class Stored(Protocol):
 
     labels: Tensor
     channels: int
+    image_fields: tuple[str, ...]  # of a sample, ("image",) for most
 
     def __len__(self) -> int: ...
-    def name(self, index: int) -> str: ...  # where an image is, for the user
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]: ...  # raises UserError where storage does not answer
+    def name(self, index: int) -> str: ...  # where a sample is, for the user
+    def fetch(self, indices: Sequence[int], field: str) -> list[Encoded]: ...  # UserError where storage is silent
 
 
 class Part:
@@ -44,7 +59,7 @@ class Part:
 
     def __init__(self, whole: Stored, ids: Tensor) -> None:
         self.whole, self.ids = whole, ids.tolist()
-        self.labels, self.channels = whole.labels[ids], whole.channels
+        self.labels, self.channels, self.image_fields = whole.labels[ids], whole.channels, whole.image_fields
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,30 +67,38 @@ class Part:
     def name(self, index: int) -> str:
         return self.whole.name(self.ids[index])
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
-        return self.whole.fetch([self.ids[index] for index in indices])
+    def fetch(self, indices: Sequence[int], field: str) -> list[Encoded]:
+        return self.whole.fetch([self.ids[index] for index in indices], field)
+
+
+Split = Memory | Stored
 
 
 @dataclass(frozen=True)
 class DataSet:
     description: Description
-    train: Memory | Stored
-    held_out: Memory | Stored
+    train: Split
+    held_out: Split
     split: str  # which split is held out
+    streams: bool = False  # whether each row of the batch reads consecutive samples
+    partner: DataSet | None = None  # whose fields stand in the same batch, in an order of their own
 
 
 def subsample(data: DataSet, count: int) -> DataSet:
-    """The data set with so many held-out samples, evenly spread, since many sets are sorted by class."""
+    """The data set with so many held-out samples: evenly spread, since many sets are sorted by class; of a text the
+    first."""
     whole = data.held_out
     count = min(count, len(whole))
-    ids = torch.arange(count) * len(whole) // count
-    part = Memory(whole.images[ids], whole.labels[ids]) if isinstance(whole, Memory) else Part(whole, ids)
+    ids = torch.arange(count) if data.streams else torch.arange(count) * len(whole) // count
+    part = whole.rows(ids) if isinstance(whole, Memory) else Part(whole, ids)
     return replace(data, held_out=part, description=replace(data.description, eval_size=count))
 
 
 def describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
-              train: Memory | Stored, held_out: Memory | Stored) -> Description:  # fmt: skip
-    return Description(name, len(mean), size, tuple(classes), tuple(mean), tuple(std), len(train), len(held_out))
+             train: Split, held_out: Split) -> ImageDescription:  # fmt: skip
+    return ImageDescription(
+        name, len(train), len(held_out), len(mean), size, tuple(classes), tuple(mean), tuple(std)
+    )  # fmt: skip
 
 
 def reason_of(error: BaseException) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-Batch = Mapping[str, Tensor]  # "image" (B, C, H, W) float, normalised or in [-1, 1]; "label" and "id" (B,) int64
-_ON_DISK = {"train_size": "training", "eval_size": "evaluated", "variable_size": "photographs"}  # names in data.json
+Batch = Mapping[str, Tensor]  # what a data set says that a batch of it holds, row by row, and "id" (B,) int64
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,25 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Description:
-    """A data set as networks need to know it."""
+    """A data set as networks need to know it; a kind of samples adds what is particular to it."""
 
     name: str
+    train_size: int  # samples to train on
+    eval_size: int  # samples of the split that is evaluated; their ids are 0..eval_size-1
+
+
+@dataclass(frozen=True)
+class ImageDescription(Description):
+    """Square images: a batch holds "image" (B, C, H, W) float, normalised or in [-1, 1], and "label" (B,) int64.
+
+    Pairs of images, and images of two sets, are described like this too; the data set names the fields of a batch.
+    """
+
     channels: int
     size: int  # height and width in pixels
     classes: tuple[str, ...]  # names in the order of the labels
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
-    train_size: int  # samples to train on
-    eval_size: int  # samples of the split that is evaluated; their ids are 0..eval_size-1
     variable_size: bool = False  # whether images are of many sizes, and so are cropped
     mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
 
@@ -39,14 +47,33 @@ class Description:
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, self.size, self.size)
 
-    def to_json(self) -> dict[str, Any]:
-        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Description:
-        """Raises KeyError, TypeError or AttributeError where these are not the values of a description."""
-        values = {name: values[_ON_DISK.get(name, name)] for name in cls.__dataclass_fields__}
-        mixture = values.pop("mixture")
-        lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("classes", "mean", "std")}
-        centres = Mixture(tuple(map(tuple, mixture.pop("centres"))), **mixture) if mixture else None
-        return cls(**values, **lists, mixture=centres)
+@dataclass(frozen=True)
+class TokenDescription(Description):
+    """Windows of a text: a batch holds "tokens" (B, length) int64."""
+
+    vocabulary: tuple[str, ...]
+    length: int  # tokens of a window
+
+
+_KINDS: dict[str, type[Description]] = {"images": ImageDescription, "tokens": TokenDescription}
+_ON_DISK = {"train_size": "training", "eval_size": "evaluated", "variable_size": "photographs"}  # names in data.json
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """Plain data, for data.json."""
+    kind = next(name for name, cls in _KINDS.items() if type(description) is cls)
+    values = {_ON_DISK.get(name, name): value for name, value in asdict(description).items()}
+    return values if kind == "images" else {"kind": kind, **values}
+
+
+def from_json(values: Mapping[str, Any]) -> Description:
+    """Raises KeyError, TypeError or AttributeError where these are not the values of a description."""
+    cls = _KINDS[values.get("kind", "images")]
+    known = {field.name: values[_ON_DISK.get(field.name, field.name)] for field in fields(cls)}
+    for name, value in known.items():
+        if isinstance(value, list):
+            known[name] = tuple(value)
+    if mixture := known.get("mixture"):
+        known["mixture"] = Mixture(tuple(map(tuple, mixture["centres"])), mixture["deviation"])
+    return cls(**known)

@@ -25,7 +25,7 @@ def share(rows: int, rank: int, world: int, group: int = 1) -> slice:
     return slice(first, last)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, size: int) -> Tensor:
     return permutation(seed, epoch, size)
 
@@ -50,6 +50,18 @@ class BatchPlan:
             visits.append(torch.full((last - first,), epoch))
         return torch.cat(ids), torch.cat(visits)
 
+    def evaluation_batches(self, size: int, rows: int, rank: int, world: int) -> list[tuple[Tensor, slice]]:
+        """The ids 0..size-1 in batches of `rows`, and this rank's part of each, which may be empty.
+
+        Each comes as the rank's ids and where they lie in the order of the whole evaluation.
+        """
+        batches = []
+        for start in range(0, size, rows):
+            own = share(min(rows, size - start), rank, world)
+            span = slice(start + own.start, start + own.stop)
+            batches.append((torch.arange(span.start, span.stop), span))
+        return batches
+
     @functools.cached_property
     def micro_batches(self) -> list[slice]:
         """Where each micro-batch lies in the global batch; the same for every world size."""
@@ -59,3 +71,37 @@ class BatchPlan:
         """This rank's rows, counted within the micro-batch."""
         whole = self.micro_batches[micro]
         return share(whole.stop - whole.start, rank, world, self.group)
+
+    def rank_rows(self, rank: int, world: int) -> Tensor:
+        """This rank's rows of the global batch, int64, micro-batch after micro-batch."""
+        own = [(whole.start, self.rows(m, rank, world)) for m, whole in enumerate(self.micro_batches)]
+        return torch.cat([torch.arange(start + rows.start, start + rows.stop) for start, rows in own])
+
+
+@dataclass(frozen=True)
+class StreamPlan(BatchPlan):
+    """Each row of the batch reads its own part of the data set in order: windows of a text, with a carried state.
+
+    In the next epoch a row continues with its neighbour's part, where its own ends. What is left over behind the
+    last whole part is not trained on. `size` is that of an epoch, a multiple of `batch_size`.
+    """
+
+    def samples(self, k: int, count: int = 1) -> tuple[Tensor, Tensor]:
+        length = self.size // self.batch_size
+        batches = torch.arange(k, k + count)[:, None]
+        parts = (torch.arange(self.batch_size)[None] + batches // length) % self.batch_size
+        ids = parts * length + batches % length
+        return ids.flatten(), (batches // length).expand_as(ids).flatten()
+
+    def evaluation_batches(self, size: int, rows: int, rank: int, world: int) -> list[tuple[Tensor, slice]]:
+        """Consecutive samples in one row here too. The last rows may have one sample less, and then end earlier."""
+        rows = min(rows, size)
+        length = -(-size // rows)
+        rows = -(-size // length)  # of so many samples each, the last of what is left
+        own, batches, start = share(rows, rank, world), [], 0
+        for k in range(length):
+            alive = rows if (rows - 1) * length + k < size else rows - 1
+            first, last = min(own.start, alive), min(own.stop, alive)
+            batches.append((torch.arange(first, last) * length + k, slice(start + first, start + last)))
+            start += alive
+        return batches

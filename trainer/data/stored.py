@@ -34,6 +34,8 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
     """A PIL image in grey or colour; raises BadSample with the same message each time, so that it is counted once."""
     from PIL import Image
 
+    if isinstance(data, Image.Image):
+        return data.convert("L" if channels == 1 else "RGB")
     if isinstance(data, Exception):
         raise BadSample(f"{name}: {reason_of(data)}")
     try:
@@ -70,6 +72,8 @@ _PERMANENT = (
 class Files:
     """Images in files of any fsspec URL, or in byte ranges of files."""
 
+    image_fields: tuple[str, ...] = ("image",)
+
     def __init__(self, url: str, locations: Sequence[Location], labels: Sequence[int], channels: int) -> None:
         self.url, self.locations, self.channels = url, list(locations), channels
         self.labels = torch.tensor(labels, dtype=torch.int64)
@@ -81,7 +85,7 @@ class Files:
         path, start, _ = self.locations[index]
         return path if start is None else f"{path} at byte {start}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+    def fetch(self, indices: Sequence[int], field: str = "image") -> list[Encoded]:
         locations = [self.locations[index] for index in indices]
         return (
             _read_remote(self.url, locations)
@@ -112,7 +116,7 @@ def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
         if not pending:
             break
         if pause is None:
-            reason = reason_of(results[pending[0]])  # type: ignore[arg-type]
+            reason = reason_of(results[pending[0]])
             raise UserError(f"data.root: {url!r} does not answer: {locations[pending[0]][0]}: {reason}")
         time.sleep(pause)
     return [results[i] for i in range(len(locations))]
@@ -193,6 +197,8 @@ class Lmdb:
     None is kept open: LMDB's handles do not survive a fork, and a process may open a database only once.
     """
 
+    image_fields: tuple[str, ...] = ("image",)
+
     def __init__(self, folders: Sequence[Path], channels: int) -> None:
         self.folders, self.channels = list(folders), channels
         self.entries: list[tuple[int, bytes]] = []
@@ -222,7 +228,7 @@ class Lmdb:
         label, key = self.entries[index]
         return f"{self.folders[label]}:{key.decode(errors='replace')}"
 
-    def fetch(self, indices: Sequence[int]) -> list[Encoded]:
+    def fetch(self, indices: Sequence[int], field: str = "image") -> list[Encoded]:
         images: dict[int, Encoded] = {}
         by_label = sorted(set(indices), key=lambda index: self.entries[index][0])
         for label, group in itertools.groupby(by_label, key=lambda index: self.entries[index][0]):

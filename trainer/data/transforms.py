@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.options import DataOptions
 from ..randomness import key, uniforms
-from .description import Description
+from .description import ImageDescription
 
 
 class Crop:
@@ -69,7 +69,7 @@ def apply_policy(policy: str, image: Tensor, seed: int, index: int, visit: int) 
 class Augment:
     """(B, C, H, W) uint8 to normalised floating point, on the device of the images."""
 
-    def __init__(self, options: DataOptions, data: Description, seed: int, train: bool, device: torch.device,
+    def __init__(self, options: DataOptions, data: ImageDescription, seed: int, train: bool, device: torch.device,
                  dtype: torch.dtype, channels_last: bool) -> None:  # fmt: skip
         self.pad_crop = options.pad_crop if train else 0
         self.flip = options.flip and train

@@ -13,10 +13,10 @@ import errno
 import functools
 import inspect
 import os
-import signal
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,44 +25,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.description import Batch
+from ..metrics.evaluator import Totals
 from ..nn.norm import convert_batch_norm
-from ..workload import Phase, Scalars, Totals, Workload
+from ..storage.checkpoint import Groups
+from ..workload import Phase, Scalars, Workload
 from . import elastic
 from .deadline import Deadline
 from .process import LaunchError, ProcessInfo, threads_per_rank
+from .signals import StopSignals
 
 if TYPE_CHECKING:
     from ..randomness import Draws
 
-Groups = dict[str, dict[str, Tensor]]  # named tensors, as a checkpoint holds them
-
 TIMEOUT = datetime.timedelta(minutes=5)
 LEFT = 75  # the exit code EX_TEMPFAIL: try again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)  # by the command line while it imports, so that none kills or is lost
 
 
-class StopSignals:
-    """Handlers that only set a flag, from the very start on: the ranks agree on it at a step boundary."""
+@dataclass(frozen=True)
+class Votes:
+    """What a rank wants at a step boundary; summed, how many ranks want it. A wish is repeated until it is granted."""
 
-    def __init__(self) -> None:
-        self.received = ""
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":  # a second Ctrl-C means it
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+    stop: int = 0
+    save: int = 0
+    finish: int = 0
+    lease_lost: int = 0
+    bad_samples: int = 0  # that this rank has met
 
 
 class Runtime:
@@ -87,7 +74,6 @@ class Runtime:
         if self.device.type == "cpu":
             _keep_freed_memory()
         self.rank, self.world, self.main = process.rank, process.world, process.rank == 0
-        self.local_main = process.local_rank == 0
         self._agents = process.agents
         self.batch_norm = batch_norm
         self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision
@@ -111,7 +97,7 @@ class Runtime:
                 raise LaunchError(
                     f"rank {process.rank} cannot reach {process.address}:{process.port}: {str(error).splitlines()[0]}"
                 ) from None
-            # In-place restarts under torchrun must not see the keys of the life before: gloo would hang on them.
+            # In-place restarts under torchrun must not see the keys of the attempt before: gloo would hang on them.
             attempt = process.restart
             if process.torchrun or process.agent:
                 elastic.die_with_parent()
@@ -136,19 +122,19 @@ class Runtime:
 
     # Collectives. Everything that steers control flow goes through these, so that no rank decides alone.
 
-    def agree(self, *flags: int) -> list[int]:
-        """The sum of each flag over all ranks, as of the call before: the exchange overlaps with a step.
+    def agree(self, votes: Votes) -> Votes:
+        """The sum of the votes of all ranks, as of the call before: the exchange overlaps with a step.
 
         Every rank gets the same answer at the same step; a world of one gets its own at once.
         """
         if self._control is None:
-            return list(flags)
-        answer = [0] * len(flags)
+            return votes
+        answer = Votes()
         if self._poll is not None:
             tensor, work = self._poll
             work.wait()
-            answer = tensor.tolist()
-        tensor = torch.tensor(flags)
+            answer = Votes(*tensor.tolist())
+        tensor = torch.tensor(astuple(votes), dtype=torch.int64)
         self._poll = (tensor, dist.all_reduce(tensor, group=self._control, async_op=True))
         return answer
 
@@ -160,7 +146,7 @@ class Runtime:
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop; poll in every loop, the same number of times on every rank."""
-        return bool(self.agree(int(bool(self.signalled)), 0, 0, 0)[0])
+        return bool(self.agree(Votes(stop=bool(self.signalled))).stop)
 
     def exit_code(self, code: int, status: str) -> int:
         """A rank that left for a signal to another node's ranks does not tell its torchrun that all is done.
@@ -241,7 +227,7 @@ class Runtime:
                 if any(parameter.requires_grad for parameter in network.parameters()):
                     network.compile()
 
-    def local_buffers(self, workload: Workload) -> dict[str, Tensor]:
+    def per_rank_buffers(self, workload: Workload) -> dict[str, Tensor]:
         """Buffers that differ from rank to rank: the running statistics of local BatchNorm."""
         if self.world == 1 or self.batch_norm == "sync":
             return {}
@@ -293,6 +279,18 @@ class Runtime:
             **_no_buffer_sync(),  # type: ignore[arg-type]
         )
 
+    def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Independent, contiguous copies on the CPU, whole before this returns."""
+        copies = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(
+                tensor.detach(), non_blocking=True
+            )
+            for name, tensor in tensors.items()
+        }
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return copies
+
     def memory(self) -> int:
         """Peak bytes on the accelerator; 0 on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -321,7 +319,7 @@ def _no_buffer_sync() -> dict[str, bool]:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step, which else faults in every page of them anew: 6 % of DCGAN's."""
+    """Have glibc keep large blocks for the next step, which would else fault in every page again: 6 % of DCGAN's."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3

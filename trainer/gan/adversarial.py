@@ -2,15 +2,15 @@
 
 A workload of the GAN family is an `Adversarial` with its own networks; it overrides a method where its paper differs.
 The discriminator's phase comes first and trains on fakes without a graph into the generator; in the generator's phase
-the discriminator is frozen. That phase goes on with the newest fakes of the one before, whose graph was kept: a tenth
-of a step less than new ones would cost. Each phase is one loss and one backward pass, penalties included.
+the discriminator is frozen. That phase takes the newest fakes of the one before, whose graph was kept: a tenth of
+a step less than new ones would cost. Each phase is one loss and one backward pass, penalties included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -19,13 +19,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions, WorkloadOptions
-from ..data.description import Batch, Description
+from ..data.description import Batch, ImageDescription
 from ..figures import Figure, ImageGrid, Panels, Points
+from ..metrics.evaluator import Evaluator, Scores, Totals
 from ..nn import optim
 from ..nn.average import WeightAverage
 from ..nn.dropout import drawing
 from ..randomness import Draws
-from ..workload import Phase, Scalars, Totals, Workload
+from ..workload import Phase, Scalars, Workload
+from .criteria import CRITERIA, displays
 from .diff_augment import diff_augment
 
 Views = tuple[Tensor, ...]  # what a discriminator sees: the images, and with multi-scale gradients smaller ones too
@@ -83,39 +85,6 @@ class AdversarialOptions(WorkloadOptions):
 
 
 @dataclass(frozen=True)
-class Criterion:
-    """An adversarial loss on logits, each a mean over its rows."""
-
-    discriminator: Callable[[Tensor, Tensor, float], Tensor]  # of real and fake logits and the label smoothing
-    generator: Callable[[Tensor], Tensor]  # of fake logits
-    decides: bool  # whether the sign of a logit says real or fake
-    bands: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # where what a stable DCGAN logs lies
-
-
-def _logistic(real: Tensor, fake: Tensor, smoothing: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(real, torch.full_like(real, 1 - smoothing)) + F.softplus(fake).mean()
-
-
-def _hinge(real: Tensor, fake: Tensor, _: float) -> Tensor:
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-CRITERIA = {
-    # Goodfellow et al. 2014, with the non-saturating loss of the generator; a discriminator that guesses has ln 2
-    "logistic": Criterion(
-        _logistic,
-        lambda fake: F.softplus(-fake).mean(),
-        True,
-        {"discriminator_loss": (0.5, 0.8), "generator_loss": (0.5, 2.0), "discriminator_accuracy": (0.7, 0.9)},
-    ),
-    # Lim and Ye 2017
-    "hinge": Criterion(_hinge, lambda fake: -fake.mean(), True),
-    # Arjovsky et al. 2017
-    "wasserstein": Criterion(lambda real, fake, _: fake.mean() - real.mean(), lambda fake: -fake.mean(), False),
-}
-
-
-@dataclass(frozen=True)
 class Fakes:
     """Generated images, and what they were made from."""
 
@@ -127,18 +96,19 @@ class Fakes:
 class Adversarial(Workload):
     """A generator `(z, [labels]) -> images in [-1, 1]` and a discriminator `(images, ..., [labels]) -> logits (B,)`."""
 
-    symmetric = True
+    input_range = (-1.0, 1.0)
     generates = True
     whole_groups = True
     channels_last = True
     conditional = False
     options: AdversarialOptions
+    data: ImageDescription
 
-    def __init__(self, options: AdversarialOptions, data: Description, optimizer: OptimizerOptions,
+    def __init__(self, options: AdversarialOptions, data: ImageDescription, optimizer: OptimizerOptions,
                  generator: nn.Module, discriminator: nn.Module, loss: str = "logistic") -> None:  # fmt: skip
         super().__init__()
         self.options, self.data, self.criterion = options, data, CRITERIA[loss]
-        self.bands = self.criterion.bands
+        self.scalars = displays(**self.criterion.losses)
         self.generator, self.discriminator = generator, discriminator
         self.average = WeightAverage(generator, options.ema) if options.ema else None
         self.group = options.packing
@@ -147,14 +117,16 @@ class Adversarial(Workload):
         rate = options.discriminator_lr or optimizer.lr
         discriminators = optim.build(optimizer.model_copy(update={"lr": rate}), discriminator)
         self.phases = (
-            Phase("discriminator", self.discriminator_loss, discriminators, times=options.discriminator_steps),
+            Phase(
+                "discriminator",
+                self.discriminator_loss,
+                discriminators,
+                times=options.discriminator_steps,
+                keeps_graph_of=(generator,),
+            ),
             Phase("generator", self.generator_loss, optim.build(optimizer, generator)),
         )
         self._kept: tuple[object, Fakes] | None = None  # within a step only, so no checkpoint needs it
-
-    @property
-    def headline(self) -> str:  # type: ignore[override]
-        return self.quality.headline if self.quality else "loss"
 
     # What a workload may override.
 
@@ -185,61 +157,54 @@ class Adversarial(Workload):
             )
         return tuple(view.reshape(-1, options.packing * view.shape[1], *view.shape[2:]) for view in views)
 
-    def discriminate(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+    def discriminate(self, views: Views, labels: Tensor | None, draws: Draws) -> Tensor:
         """Logits (B,) in full precision."""
         with drawing(self.discriminator, draws):
-            logits = self.discriminator(*seen, labels) if self.conditional else self.discriminator(*seen)
+            logits = self.discriminator(*views, labels) if self.conditional else self.discriminator(*views)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def make(self, batch: Batch, draws: Draws) -> Fakes:
-        """New fakes, with a graph into the generator where that is trainable."""
+    def generate_fakes(self, batch: Batch, draws: Draws) -> Fakes:
+        """Fakes to train the generator on: those that the discriminator has just seen, else new ones."""
+        if self._kept is None or self._kept[0] != draws.index:
+            return self._new_fakes(batch, draws)
+        (_, fakes), self._kept = self._kept, None
+        return fakes
+
+    def detached_fakes(self, batch: Batch, draws: Draws) -> Fakes:
+        """Fakes to train the discriminator on, without a graph. The newest keep theirs for the generator's phase."""
+        self._kept = None  # first, so that two graphs never take memory at once
+        fakes = self._new_fakes(batch, draws)
+        self._kept = draws.index, fakes
+        return replace(fakes, views=tuple(view.detach() for view in fakes.views))
+
+    def _new_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         labels = batch["label"] if self.conditional else None
         with drawing(self.generator, draws):
             z = self.latents(draws)
             return Fakes(self.generate(z, labels), z, labels)
 
-    def given(self, batch: Batch, draws: Draws) -> Fakes:
-        """Fakes of the discriminator's phase, without a graph. The newest keep theirs for the generator's phase."""
-        self._kept = None  # first, so that two graphs never take memory at once
-        self.generator.requires_grad_(True)  # it is frozen in this phase
-        fakes = self.make(batch, draws)
-        self.generator.requires_grad_(False)
-        self._kept = draws.index, fakes
-        return replace(fakes, views=tuple(view.detach() for view in fakes.views))
-
-    def fakes(self, batch: Batch, draws: Draws) -> Fakes:
-        """Fakes of the generator's phase: those that the discriminator has just seen, else new ones."""
-        if self._kept is None or self._kept[0] != draws.index:
-            return self.make(batch, draws)
-        (_, fakes), self._kept = self._kept, None
-        return fakes
-
-    def seen(self, batch: Batch, draws: Draws) -> tuple[Views, Views, Fakes]:
+    def discriminator_inputs(self, batch: Batch, draws: Draws) -> tuple[Views, Views, Fakes]:
         """What the discriminator trains on: what it sees of real images and of fakes, and those fakes."""
-        given = self.given(batch, draws)
+        fakes = self.detached_fakes(batch, draws)
         with torch.no_grad():
-            return (
-                self.augment_inputs(self.reals(batch), draws, "real"),
-                self.augment_inputs(given.views, draws, "fake"),
-                given,
-            )
+            seen_reals = self.augment_inputs(self.reals(batch), draws, "real")
+            return seen_reals, self.augment_inputs(fakes.views, draws, "fake"), fakes
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        reals, fakes, given = self.seen(batch, draws)
+        reals, fakes, made = self.discriminator_inputs(batch, draws)
         # In two passes: BatchNorm must not see real and fake images mixed, which would tell them apart.
-        real, fake = self.discriminate(reals, given.labels, draws), self.discriminate(fakes, given.labels, draws)
+        real, fake = self.discriminate(reals, made.labels, draws), self.discriminate(fakes, made.labels, draws)
         loss = self.criterion.discriminator(real, fake, self.options.label_smoothing)
         scalars = self.signals(loss, real, fake)
-        for name, penalty in self.penalties(reals, fakes, given.labels, draws):
+        for name, penalty in self.penalties(reals, fakes, made.labels, draws):
             loss = loss + penalty
             scalars[name] = penalty.detach()
         return loss, scalars
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        fakes = self.fakes(batch, draws)
-        loss = self.criterion.generator(
-            self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), fakes.labels, draws)
-        )
+        fakes = self.generate_fakes(batch, draws)
+        logits = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), fakes.labels, draws)
+        loss = self.criterion.generator(logits)
         return loss, {"generator_loss": loss.detach()}
 
     def signals(self, loss: Tensor, real: Tensor, fake: Tensor) -> Scalars:
@@ -267,10 +232,10 @@ class Adversarial(Workload):
         if options.r1 and draws.step % options.r1_every == 0:
             yield "r1", options.r1 / 2 * options.r1_every * self.squared_gradient_norm(reals, labels, draws).mean()
 
-    def squared_gradient_norm(self, seen: Views, labels: Tensor | None, draws: Draws) -> Tensor:
+    def squared_gradient_norm(self, views: Views, labels: Tensor | None, draws: Draws) -> Tensor:
         """The squared norm (B,) of the discriminator's gradient with respect to what it sees, in full precision."""
-        with torch.autocast(seen[0].device.type, enabled=False), torch.enable_grad():
-            leaves = tuple(view.detach().to(self.dtype).requires_grad_(True) for view in seen)
+        with torch.autocast(views[0].device.type, enabled=False), torch.enable_grad():
+            leaves = tuple(view.detach().to(self.dtype).requires_grad_(True) for view in views)
             logits = self.discriminate(leaves, labels, draws)
             gradients = torch.autograd.grad(logits.sum(), leaves, create_graph=True)
         return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
@@ -288,9 +253,10 @@ class Adversarial(Workload):
     def inference(self) -> nn.Module:
         return self.generator if self.average is None else self.average.module
 
-    def example(self) -> tuple[Tensor, ...]:
+    def example(self) -> dict[str, Tensor]:
         draws = Draws(0, ("example",), slice(0, 2), torch.device("cpu"))
-        return (self.latents(draws), self.labels(draws)) if self.conditional else (self.latents(draws),)
+        latents = {"latents": self.latents(draws)}
+        return {**latents, "labels": self.labels(draws)} if self.conditional else latents
 
     def images(self, z: Tensor, labels: Tensor | None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] of the averaged generator, where there is one."""
@@ -298,18 +264,8 @@ class Adversarial(Workload):
         images: Tensor = network(z, labels) if self.conditional else network(z)
         return images.float() if images.dtype != torch.float64 else images
 
-    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
-        assert self.quality is not None, "run.py gives a generator its judge"
-        return self.quality.totals(self.images(self.latents(draws), batch["label"]), batch["id"])
-
-    def report(self, totals: Totals) -> dict[str, float]:
-        assert self.quality is not None
-        found = self.quality.report(totals)
-        return (
-            found
-            if self.options.spectral_norm
-            else {**found, "discriminator_sigma": max_singular_value(self.discriminator)}
-        )
+    def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
+        return GeneratorEvaluator(self, scores())
 
     def labels(self, draws: Draws, label: int | None = None) -> Tensor:
         """One class for all rows, or all classes in turn."""
@@ -321,7 +277,7 @@ class Adversarial(Workload):
         return self.images(self.latents(draws, truncation), self.labels(draws, label))
 
     @torch.no_grad()
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
+    def figures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         name = self.data.name
         if self.data.size == 1:
             many = self.samples(draws.of(min(2500, self.data.eval_size)))
@@ -329,7 +285,7 @@ class Adversarial(Workload):
             return {"real_and_fake": Points(real.flatten(1), many.cpu().flatten(1) / 2 + 0.5, name)}
         fakes = self.samples(draws.of(SHOWN))
         reals = images([i * self.data.eval_size // SHOWN for i in range(SHOWN)])
-        found: dict[str, Figure] = {
+        figures: dict[str, Figure] = {
             "real_and_fake": Panels(
                 (
                     ImageGrid(reals, columns=8, title=f"{name}: real"),
@@ -343,8 +299,8 @@ class Adversarial(Workload):
             columns = draws.of(classes * 10)
             wanted = torch.arange(classes, device=draws.device).repeat_interleave(10)
             grid = self.images(self.latents(columns), wanted)
-            found["classes"] = ImageGrid(unit(grid), (), f"{name}: generated", 10, self.data.classes[:classes])
-        return found
+            figures["classes"] = ImageGrid(unit(grid), (), f"{name}: generated", 10, self.data.classes[:classes])
+        return figures
 
     def between(self, draws: Draws, rows: int, columns: int) -> Tensor:
         """Images on great circles from latent to latent, a row each (White 2016)."""
@@ -358,16 +314,35 @@ class Adversarial(Workload):
         return self.images(path.flatten(0, 1), labels)
 
 
+class GeneratorEvaluator:
+    """Scores as many generated images as there are held-out ones, and watches the discriminator's weights."""
+
+    maximise = False
+
+    def __init__(self, workload: Adversarial, scores: Scores) -> None:
+        self.workload, self.scores, self.headline = workload, scores, scores.headline
+
+    def totals(self, batch: Batch, draws: Draws) -> Totals:
+        images = self.workload.images(self.workload.latents(draws), batch["label"])
+        return self.scores.totals(images, batch["id"])
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        metrics, workload = self.scores.report(totals), self.workload
+        if not workload.options.spectral_norm:
+            metrics["discriminator_sigma"] = max_singular_value(workload.discriminator)
+        return metrics
+
+
 @torch.no_grad()
 def max_singular_value(network: nn.Module) -> float:
     """The largest singular value of a weight: it grows before a discriminator without a constraint breaks down."""
-    found = [0.0]
+    values = [0.0]
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             rows = module.weight.flatten(1).double()
             gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
-            found.append(float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()))
-    return max(found)
+            values.append(float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()))
+    return max(values)
 
 
 def unit(images: Tensor) -> Tensor:

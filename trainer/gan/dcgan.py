@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..data.description import Description
+from ..data.description import ImageDescription
 
 
-def halvings(data: Description, largest: int = 1024) -> tuple[int, int]:
+def halvings(data: ImageDescription, largest: int = 1024) -> tuple[int, int]:
     """How often the images halve, and the size that remains, 4 to 7 pixels. Raises ValueError for other sizes."""
     size, times = data.size, 0
     while size % 2 == 0 and size >= 8:
@@ -40,7 +40,7 @@ class Generator(nn.Module):
     No convolution before a BatchNorm has a bias, which the norm would take out again.
     """
 
-    def __init__(self, latent: int, width: int, data: Description, multi_scale: bool = False) -> None:
+    def __init__(self, latent: int, width: int, data: ImageDescription, multi_scale: bool = False) -> None:
         super().__init__()
         times, size = halvings(data)
         widths = [width * 2**stage for stage in reversed(range(times))]
@@ -81,7 +81,7 @@ class Discriminator(nn.Module):
     `norm` is 'batch', 'layer' or 'none'; without BatchNorm the convolutions have a bias.
     """
 
-    def __init__(self, width: int, data: Description, norm: str = "batch", spectral: bool = False,
+    def __init__(self, width: int, data: ImageDescription, norm: str = "batch", spectral: bool = False,
                  multi_scale: bool = False, packing: int = 1) -> None:  # fmt: skip
         super().__init__()
         times, size = halvings(data)

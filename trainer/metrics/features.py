@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.description import Description
+from ..data.description import ImageDescription
 
 SMALLEST = 8  # pixels that `Pixels` looks at, along a side
 
@@ -30,7 +30,7 @@ class Pixels:
 
     classes = 0
 
-    def __init__(self, data: Description) -> None:
+    def __init__(self, data: ImageDescription) -> None:
         self.label = "points" if data.size == 1 else "pixels"
         self.size = min(SMALLEST, data.size)
         self.dimensions = data.channels * self.size**2
@@ -42,7 +42,7 @@ class Pixels:
 class Penultimate:
     """The input of the last linear layer of a classifier, and the class probabilities."""
 
-    def __init__(self, network: nn.Module, data: Description, label: str) -> None:
+    def __init__(self, network: nn.Module, data: ImageDescription, label: str) -> None:
         self.network, self.data, self.label = network.eval().requires_grad_(False).float(), data, label
         last_linear = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
         self.dimensions, self.classes = last_linear.in_features, last_linear.out_features

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from typing import Literal, get_args
 
-STATES = ("healthy", "mode_collapse", "convergence_failure", "diverged", "non_finite")
+State = Literal["healthy", "mode_collapse", "convergence_failure", "diverged", "non_finite"]
+STATES: tuple[State, ...] = get_args(State)
+RECENT = 20  # records that a rule may look back at
 
 Values = Mapping[str, float]
 Answer = tuple[bool, str]  # whether a rule holds, and how to say so
@@ -19,9 +21,9 @@ Answer = tuple[bool, str]  # whether a rule holds, and how to say so
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of STATES, the step at which it was reached, and why, in a sentence of at most REASON characters."""
+    """The state, the step at which it was reached, and why, in a sentence of at most REASON characters."""
 
-    state: str
+    state: State
     step: int
     reason: str
 
@@ -66,13 +68,6 @@ class Rules:
     # then large too: at 10, a fake is real with a probability of e^-10.
     won_generator_loss: float = 10.0
 
-    # BEGAN's k starts at 0, but its mean over a log interval is 0 only where it was clipped at every step.
-    pinned_records: int = 20
-    pinned_margin: float = 1e-4
-    # BEGAN's M_global falls to a plateau, so the mean of the last records is held against the first one.
-    flat_records: int = 20
-    flat: float = 0.9
-
     stuck_evaluations: int = 5
     stuck: float = 0.9  # best FID over the first, which is of a nearly untrained generator
     # Unless that was late in the run: an FID below so much of that of real images cut into pieces shows form. The mean
@@ -83,12 +78,12 @@ class Rules:
 class Past:
     """The records of one kind up to the newest, their values under names without `@...`."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self) -> None:
         self.records = 0
         self.first: dict[str, float] = {}
         self.least: dict[str, float] = {}
         self.most: dict[str, float] = {}
-        self.recent: deque[Values] = deque(maxlen=window)
+        self.recent: deque[Values] = deque(maxlen=RECENT)
         self.at_best: Values = {}  # the evaluation with the lowest FID
 
     def add(self, now: Values) -> None:
@@ -139,9 +134,9 @@ def _crowded(now: Values, past: Past, rules: Rules) -> Answer:
 
 def _narrow(now: Values, past: Past, rules: Rules) -> Answer:
     limits = {"recall": rules.narrow_recall, "coverage": rules.narrow_coverage}
-    found = {name: now[name] for name in ("precision", *limits) if name in now}
-    narrow = len(found) > 1 and all(found[name] < limits[name] for name in limits if name in found)
-    shown = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
+    scores = {name: now[name] for name in ("precision", *limits) if name in now}
+    narrow = len(scores) > 1 and all(scores[name] < limits[name] for name in limits if name in scores)
+    shown = ", ".join(f"{name} {value:.2g}" for name, value in scores.items())
     return narrow and now["precision"] >= rules.narrow_precision, f"fakes look real but show little of it: {shown}"
 
 
@@ -149,17 +144,6 @@ def _won(now: Values, past: Past, rules: Rules) -> Answer:
     accuracy, loss, generator = now["discriminator_accuracy"], now["discriminator_loss"], now.get("generator_loss", 0.0)
     won = accuracy > rules.won_accuracy and (loss < rules.won_loss or generator > rules.won_generator_loss)
     return won, f"the discriminator has won: accuracy {accuracy:.4f}, loss {loss:.2g}, the generator's {generator:.3g}"
-
-
-def _pinned(now: Values, past: Past, rules: Rules) -> Answer:
-    pinned = min(now["k"], 1 - now["k"]) <= rules.pinned_margin
-    return pinned, f"BEGAN's k is pinned at {round(now['k'])} and balances nothing"
-
-
-def _flat(now: Values, past: Past, rules: Rules) -> Answer:
-    first = past.first["convergence"]
-    mean = fmean(record["convergence"] for record in past.recent if "convergence" in record)
-    return mean > rules.flat * first, f"BEGAN's convergence is {mean:.3g}, still above {rules.flat:g} times {first:.3g}"
 
 
 def _stuck(now: Values, past: Past, rules: Rules) -> Answer:
@@ -171,26 +155,29 @@ def _stuck(now: Values, past: Past, rules: Rules) -> Answer:
 class Rule:
     """A state that holds once `asks` says so of `patience` records in a row, until it says otherwise of as many."""
 
-    state: str
-    kind: str
+    state: State
+    kind: Literal["train", "evaluate"]
     needs: tuple[str, ...]  # a record without them says nothing for or against it
     grace: int  # first records of the kind that do not count
     patience: int
     asks: Callable[[Values, Past, Rules], Answer]
 
 
-def by_severity(rules: Rules) -> list[Rule]:
-    """All rules but the one on non-finite values, which is the gravest; the first that holds gives the verdict."""
+def by_severity(rules: Rules, own: Sequence[Rule]) -> list[Rule]:
+    """All rules but the one on non-finite values, which is the gravest; the first that holds gives the verdict.
+
+    `own` are those that a workload adds.
+    """
     grace, collapse, narrow = rules.grace_evaluations, rules.collapse_evaluations, rules.narrow_evaluations
-    collapsed, failed = "mode_collapse", "convergence_failure"
+    collapsed: State = "mode_collapse"
+    failed: State = "convergence_failure"
     return [
         Rule(collapsed, "evaluate", ("fid",), 0, rules.risen_evaluations, _risen_and_narrowed),
         Rule(collapsed, "evaluate", ("diversity",), grace, collapse, _alike),
         Rule(collapsed, "evaluate", ("spacing",), grace, collapse, _crowded),
         Rule(collapsed, "evaluate", ("precision",), grace, narrow, _narrow),
         Rule(failed, "train", ("discriminator_accuracy", "discriminator_loss"), 0, rules.won_records, _won),
-        Rule(failed, "train", ("k",), 0, rules.pinned_records, _pinned),
-        Rule(failed, "train", ("convergence",), rules.flat_records, 1, _flat),
+        *own,
         Rule(failed, "evaluate", ("fid",), rules.stuck_evaluations - 1, 1, _stuck),
         Rule("diverged", "evaluate", ("fid",), 0, rules.risen_evaluations, _risen),
     ]
@@ -215,16 +202,16 @@ class Standing:
 class Watch:
     """Reads records in the order in which they were logged. Values that are absent leave their rules silent.
 
-    From train records: `discriminator_loss`, `generator_loss`, `discriminator_accuracy`, and BEGAN's `convergence` and
-    `k`. From evaluations: `fid@...`, `fid_shuffled@...`, `precision@...`, `recall@...`, `coverage@...`, `diversity` and
-    `spacing` (see Rules). Of several feature extractors the first by name counts.
+    From train records: `discriminator_loss`, `generator_loss`, `discriminator_accuracy`, and what the workload's own
+    rules need. From evaluations: `fid@...`, `fid_shuffled@...`, `precision@...`, `recall@...`, `coverage@...`,
+    `diversity` and `spacing` (see Rules). Of several feature extractors the first by name counts.
     """
 
-    def __init__(self, rules: Rules = Rules()) -> None:
+    def __init__(self, rules: Rules = Rules(), own: Sequence[Rule] = ()) -> None:
         self.rules = rules
         self.verdict = HEALTHY  # stays as it was reached until the state changes
-        self._past = {kind: Past(rules.flat_records) for kind in ("train", "evaluate")}
-        self._standings = [Standing(rule) for rule in by_severity(rules)]
+        self._past = {kind: Past() for kind in ("train", "evaluate")}
+        self._standings = [Standing(rule) for rule in by_severity(rules, own)]
 
     def observe(self, step: int, kind: str, values: Mapping[str, float | None]) -> Verdict:
         """Take in a record of kind `train` or `evaluate` and return the current verdict; `non_finite` is for good.
@@ -249,7 +236,7 @@ class Watch:
                 standing.add(*rule.asks(now, past, self.rules))
         over = f"{self.verdict.state} since step {self.verdict.step} is over"
         held = [(standing.rule.state, standing.reason) for standing in self._standings if standing.reason]
-        state, reason = next(iter(held), ("healthy", over))
+        state, reason = held[0] if held else ("healthy", over)
         if state != self.verdict.state:
             self.verdict = Verdict(state, step, reason)
         return self.verdict

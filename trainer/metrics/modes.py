@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data.description import Mixture
-from ..workload import Totals
+from .evaluator import Totals
 
 
 def mixture_totals(points: Tensor, mixture: Mixture) -> Totals:

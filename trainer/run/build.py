@@ -1,54 +1,137 @@
-"""The parts of a run, each built from its config; what does not fit together is a UserError."""
+"""The recipe of a run: all that its config says, checked and built once, for whoever trains, evaluates or measures."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from .. import schedule, workloads
-from ..config.options import Duration, RunConfig, UserError, WorkloadOptions, data_root
-from ..config.settings import config_class, read_yaml
+from ..boundary import Boundary
+from ..config.duration import Duration
+from ..config.options import RunConfig, UserError, data_root
 from ..data.dataset import DataSet, subsample
-from ..data.description import Description
+from ..data.description import Batch
 from ..data.loader import BatchLoader
-from ..data.plan import BatchPlan
+from ..data.plan import BatchPlan, StreamPlan
 from ..data.sources import open_data
 from ..distributed.runtime import Runtime
-from ..engine import Every, Limits
+from ..engine import Engine
+from ..metrics.evaluator import Evaluator, Scores
+from ..schedule import NEVER, Every, Limits, Schedule
+from ..services import Saver, Tracker
+from ..state import Mismatch, TrainState
+from ..storage.checkpoint import Checkpoint
 from ..workload import Workload
-
-
-def model_for(name: str) -> type[RunConfig]:
-    """The settings of a run of this workload."""
-    options: type[WorkloadOptions] = workloads.load(name).Options
-    return config_class(options, default=options(name=name))
-
-
-def load_config(text: str, name: str) -> RunConfig:
-    """The config that a run directory keeps, alone: neither environment nor flags have a say."""
-    values = read_yaml(text, name)
-    model = model_for(str(values.get("workload", {}).get("name", "classifier")))
-    try:
-        groups = {n: f.annotation for n, f in model.model_fields.items()}
-        parsed = {
-            n: groups[n].model_validate(v) if isinstance(v, dict) else v  # type: ignore[union-attr]
-            for n, v in values.items()
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{name}: not a config of this version: {str(error).splitlines()[0]}") from None
-    return model.model_construct(**parsed)
+from .reference import Reference, open_reference
 
 
 def run_url(config: RunConfig, name: str) -> str:
     return config.run.url or str(Path("runs") / name)
 
 
-def build_plan(config: RunConfig, samples: int, workload: Workload, world: int) -> BatchPlan:
+def open_run_data(config: RunConfig, root: str | None = None, split: str | None = None) -> DataSet:
+    """The data set of a run; raises UserError."""
+    data = open_data(config.data, root or data_root(config), split or config.evaluate.split)
+    return data if config.evaluate.samples is None else subsample(data, config.evaluate.samples)
+
+
+@dataclass
+class Recipe:
+    """What goes into a run; durations are in steps from here on."""
+
+    config: RunConfig
+    data: DataSet
+    workload: Workload  # with its initial weights
+    plan: BatchPlan
+    samples_per_step: int
+    limits: Limits
+    schedule: Schedule
+    reference: Reference | None = field(default=None, init=False)  # where the evaluator compares with real images
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return self.workload.evaluator(self._scores)
+
+    def _scores(self) -> Scores:
+        self.reference = self.reference or open_reference(self.config, self.data.description)
+        return self.reference.scores
+
+    def renew_workload(self) -> None:
+        """Initial weights again, after a rollback."""
+        self.workload = workloads.build(self.config, self.data.description)
+        self.evaluator = self.workload.evaluator(self._scores)
+
+    def prepare_workload(self, runtime: Runtime) -> BatchLoader:
+        """Move the workload to the device, and open its batches there."""
+        config, workload = self.config, self.workload
+        runtime.prepare(workload, config.channels_last, config.compile)
+        return BatchLoader(
+            self.data, self.plan, config.data, rank=runtime.rank, world=runtime.world, device=runtime.device,
+            dtype=runtime.dtype, evaluation_batch=config.evaluate.batch_size, input_range=workload.input_range,
+            channels_last=workload.channels_last if config.channels_last is None else config.channels_last,
+        )  # fmt: skip
+
+    def example_batch(self, rows: int) -> Batch:
+        """The first rows of training, on the CPU in fp32."""
+        plan = replace(self.plan, batch_size=rows, accumulation=1)
+        loader = BatchLoader(
+            self.data, plan, self.config.data.model_copy(update={"workers": 0}), rank=0, world=1,
+            device=torch.device("cpu"), dtype=torch.float32, channels_last=False, evaluation_batch=rows,
+            input_range=self.workload.input_range,
+        )  # fmt: skip
+        return next(loader.train(0))[0][1]
+
+    def engine(
+        self, runtime: Runtime, loader: BatchLoader, tracker: Tracker, saver: Saver, *,
+        checkpoint: Checkpoint | None = None, rollbacks: int = 0,
+    ) -> Engine:  # fmt: skip
+        """The engine, at its first step or at a checkpoint; raises UserError where that is of another network."""
+        config, evaluator = self.config, self.evaluator
+        state = TrainState(self.workload, runtime, self.plan, evaluator.headline, evaluator.maximise)
+        if checkpoint is not None:
+            try:
+                state.restore(checkpoint)
+            except Mismatch as error:
+                raise UserError(f"run.url: {error}: use another run.url") from None
+        factor = config.health.lr_factor**rollbacks
+        schedule = (lambda step: factor * self.schedule(step)) if rollbacks else self.schedule
+        boundary = Boundary(runtime, state, evaluator, loader, tracker, saver, self.limits, config.seed)
+        return Engine(boundary, schedule, rollbacks, config.optimizer.clip_norm)
+
+    def prepare_reference(self, loader: BatchLoader, runtime: Runtime) -> None:
+        """Take the statistics that generated images are compared with, where they are; all ranks together."""
+        if self.reference is not None:
+            self.reference.prepare(loader, runtime)
+
+
+def recipe(
+    config: RunConfig, world: int, *, data: DataSet | None = None, workload: Workload | None = None
+) -> Recipe:  # fmt: skip
+    """The recipe of a config on so many ranks; raises UserError for all that does not fit together.
+
+    `data` and `workload` are those of the config unless others are passed, such as trained ones.
+    """
+    data = data or open_run_data(config)
+    if workload is None:
+        workload = workloads.build(config, data.description)
+    else:
+        workload.data = data.description  # the networks stay as they are, but this split may have another size
+    plan = _plan(config, data, workload, world)
+    samples_per_step = plan.batch_size * workload.batches_per_step
+    limits = _limits(config, samples_per_step, plan.size)
+    factor = _schedule(config, limits.total_steps, samples_per_step, plan.size)
+    made = Recipe(config, data, workload, plan, samples_per_step, limits, factor)
+    assert made.evaluator, "opened here, so that bad features are reported before any process group starts"
+    return made
+
+
+def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> BatchPlan:
     """How the batches are cut. Raises UserError where a rank would be left without a sample, or a group be torn."""
-    group = workload.group
-    plan = BatchPlan(config.seed, samples, config.batch_size, config.accumulation, group)
+    group, size = workload.group, len(data.train)
     smallest = config.batch_size // config.accumulation // group
     if smallest < world:
         pairs = f" in groups of {group}" if group > 1 else ""
@@ -61,52 +144,40 @@ def build_plan(config: RunConfig, samples: int, workload: Workload, world: int) 
         raise UserError(
             f"batch_size: {config.batch_size} is no multiple of {group}, the samples that are judged together"
         )
-    return plan
+    if not data.streams:
+        return BatchPlan(config.seed, size, config.batch_size, config.accumulation, group)
+    if size < config.batch_size:
+        raise UserError(
+            f"batch_size: {config.batch_size} rows cannot share {size} windows of {data.description.name}: "
+            f"lower it to {size} or less"
+        )
+    whole = size // config.batch_size * config.batch_size
+    return StreamPlan(config.seed, whole, config.batch_size, config.accumulation, group)
 
 
-def open_run_data(config: RunConfig, root: str | None = None, split: str | None = None) -> DataSet:
-    """The data set of a run; raises UserError."""
-    data = open_data(config.data, root or data_root(config), split or config.evaluate.split)
-    return data if config.evaluate.samples is None else subsample(data, config.evaluate.samples)
-
-
-def build_workload(config: RunConfig, data: Description) -> Workload:
-    """The workload with its initial weights, which depend on the seed alone."""
-    torch.manual_seed(config.seed)
-    try:
-        return workloads.load(config.workload.name).build(config.workload, data, config.optimizer)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def build_limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -> Limits:
-    def cadence(text: str | None) -> Every:
-        if text is None or (every := Duration.parse(text)).seconds is not None:
-            return Every(None)
-        per_unit = {"steps": Fraction(1), "samples": Fraction(1, samples_per_step),
-                    "epochs": Fraction(epoch_samples, samples_per_step)}  # fmt: skip
-        return Every(max(Fraction(1), Fraction(str(every.amount)) * per_unit[every.unit]))
+def _limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -> Limits:
+    def every(text: str | None) -> Every:
+        if text is None or (length := Duration.parse(text)).seconds is not None:
+            return NEVER
+        return Every(max(Fraction(1), length.period(samples_per_step, epoch_samples)))
 
     duration, save = Duration.parse(config.duration), Duration.parse(config.checkpoint.every)
-    timed = duration.seconds is not None
     return Limits(
-        total_steps=None if timed else duration.steps(samples_per_step, epoch_samples),
+        total_steps=None if duration.seconds is not None else duration.steps(samples_per_step, epoch_samples),
         total_seconds=duration.seconds,
-        log=cadence(config.log.every),
-        evaluate=cadence(config.evaluate.every),
-        save=cadence(config.checkpoint.every),
+        log=every(config.log.every),
+        evaluate=every(config.evaluate.every),
+        save=every(config.checkpoint.every),
         save_seconds=save.seconds,
-        keep=cadence(config.checkpoint.keep_every),
-        bad_samples=config.data.bad_images,
-        samples=cadence(config.samples.every),
-        shown=config.samples.count,
+        keep=every(config.checkpoint.keep_every),
+        samples=every(config.samples.every),
+        sample_count=config.samples.count,
         stop_when_unhealthy=config.health.action != "warn",
+        bad_samples=config.data.bad_images,
     )
 
 
-def build_schedule(
-    config: RunConfig, total: int | None, samples_per_step: int, epoch_samples: int
-) -> schedule.Schedule:
+def _schedule(config: RunConfig, total: int | None, samples_per_step: int, epoch_samples: int) -> Schedule:
     """Raises UserError where the warm-up would never end."""
     s = config.schedule
     warmup, every = (Duration.parse(text).steps(samples_per_step, epoch_samples) for text in (s.warmup, s.every))
@@ -115,13 +186,3 @@ def build_schedule(
             f"schedule.warmup: {s.warmup!r} is not shorter than the run, {config.duration!r}: shorten the warm-up"
         )
     return schedule.build(s.name, total or 0, warmup, every, s.gamma, s.final)
-
-
-def build_loader(
-    config: RunConfig, data: DataSet, workload: Workload, plan: BatchPlan, runtime: Runtime
-) -> BatchLoader:
-    channels_last = workload.channels_last if config.channels_last is None else config.channels_last
-    return BatchLoader(
-        data, plan, config.data, rank=runtime.rank, world=runtime.world, device=runtime.device, dtype=runtime.dtype,
-        channels_last=channels_last, evaluation_batch=config.evaluate.batch_size, symmetric=workload.symmetric,
-    )  # fmt: skip

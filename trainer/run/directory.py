@@ -1,121 +1,162 @@
-"""A run's directory as rank 0 works with it: checkpoints, log, pictures, outcome, and going back after a collapse."""
+"""A run's directory: what the first rank keeps there. All other ranks have a null one."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..boundary import Boundary, Outcome
 from ..config.options import RunConfig, UserError, differences, dump, is_safe
-from ..data.description import Description
-from ..distributed.deadline import Deadline
-from ..distributed.runtime import StopSignals
-from ..engine import Engine, Every, Outcome
-from ..state import Groups
-from ..storage.checkpoint import CheckpointStore, folder
-from ..storage.goodput import Recorder, current_attempt, new_attempt
-from ..storage.lease import Lease
+from ..config.status import exit_code
+from ..data.description import to_json
+from ..distributed.runtime import Runtime
+from ..schedule import Limits
+from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
+from ..storage.goodput import Goodput, Recorder, current_attempt, new_attempt
+from ..storage.lease import Lease, LeaseHeld
 from ..storage.metric_log import MetricLog
 from ..storage.objects import Storage, StorageError
 from ..tracking import render
-from ..tracking.tracker import Sink, Tracker
-from ..tracking.wandb_client import WandbSettings, WandbSink, logged_in, run_id
+from ..tracking.console import Console
+from ..tracking.sinks import open_sinks
+from ..tracking.tracker import Silent, Tracker
+from .build import Recipe, run_url
+from .checkpoints import Checkpoints
+from .opened import load_config
+from .pictures import Pictures
 
 ROLLBACKS = "rollbacks.json"
-EXIT_SECONDS = 600.0  # how long the end of a run waits for its last checkpoint
-FRAMES = 120  # at most, of the animation of the samples
 
 
-class SilentSaver:
-    """The saver of the ranks that are not the first."""
+class NullDirectory:
+    """That of the ranks that are not the first."""
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None: ...
+    tracker = Silent()
+    lease_lost = False
+
+    def save(self, checkpoint: Checkpoint) -> None: ...
     def show(self, step: int, samples: Tensor | str) -> None: ...
+    def start(self, boundary: Boundary) -> None: ...
+    def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
+        return exit_code(outcome.status)
+
+    def crashed(self, error: BaseException) -> None: ...
+    def close(self) -> None: ...
 
 
-@dataclass
-class Directory:
-    """A run's directory as rank 0 works with it; also the engine's saver."""
+class RunDirectory:
+    """That of the first rank; also the engine's saver. Making one takes the lease and may raise UserError."""
 
-    config: RunConfig
-    name: str
-    storage: Storage
-    store: CheckpointStore
-    lease: Lease
-    log: MetricLog
-    tracker: Tracker
-    keep: Every
-    headline: str
-    maximise: bool
-    signals: StopSignals
-    deadline: Deadline
-    recorder: Recorder | None = None
-    last: tuple[int, Groups, dict[str, Any]] | None = None
+    def __init__(self, recipe: Recipe, name: str, runtime: Runtime) -> None:
+        self.recipe, self.config, self.name, self.runtime = recipe, recipe.config, name, runtime
+        self.storage = Storage(run_url(recipe.config, name))
+        console = Console(recipe.limits.total_steps, recipe.workload.scalars)
+        self.storage.probe()
+        self.lease = Lease(self.storage)
+        try:
+            self.lease.acquire()
+        except LeaseHeld as holder:
+            raise UserError(
+                f"run.url: {self.storage} is in use by {holder}: wait for it, or use another run.url"
+            ) from None
+        self.log = MetricLog(self.storage)
+        self.tracker = Tracker(self.log, console)
+        self.checkpoints = Checkpoints(
+            CheckpointStore(self.storage.at("checkpoints")), self.lease, self.tracker, recipe.evaluator,
+            keep=recipe.config.checkpoint.keep, keep_every=recipe.limits.keep, saved=runtime.deadline.saved,
+            rescue=Path("runs") / f"{name}-rescued" / "checkpoints",
+        )  # fmt: skip
+        self.pictures = Pictures(self.storage, self.tracker, name)
+        self.recorder: Recorder | None = None
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
-        state = {**state, "headline": self.headline, "maximise": self.maximise}  # for those who prune later
+    @property
+    def lease_lost(self) -> bool:
+        return self.lease.lost
 
-        began = time.perf_counter()
+    # What the engine saves.
 
-        def work() -> None:
-            self.tracker.flush()
-            self.store.save(step, groups, state)
-            self.deadline.saved(time.perf_counter() - began)
-            self.last = None
-            self.tracker.committed(step)
-            try:
-                self.prune()
-            except StorageError as error:
-                self.tracker.note(f"warning: old checkpoints were not deleted: {error}")
-
-        self.store.wait()
-        self.report_failure()
-        if self.lease.lost:
-            self.tracker.note(f"warning: another job has taken {self.storage} over: this one saves no more and stops")
-            self.signals.received = self.signals.received or "the loss of its run directory"
-            return
-        self.last = (step, groups, state)
-        self.store.in_background(work)
+    def save(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.save(checkpoint)
 
     def show(self, step: int, samples: Tensor | str) -> None:
-        if isinstance(samples, Tensor):
-            picture = render.from_samples(samples, f"{self.name}, step {step}")
-            self.picture(step, f"step-{step:08d}", render.render(picture), "samples")
+        self.pictures.show(step, samples)
 
-    def picture(self, step: int, file: str, data: bytes, name: str = "") -> None:
-        """Keep a picture, and show it under its name; PNG unless the file says otherwise."""
-        path = file if "." in file else f"{file}.png"
-        try:
-            self.storage.write(f"samples/{path}", data)
-        except StorageError as error:
-            self.tracker.note(f"warning: {error}")
-        if path.endswith(".png"):
-            self.tracker.image(step, name or file, data)
+    # Resuming.
 
-    def animate(self, step: int) -> None:
-        """The grids of samples up to a step, one after the other."""
-        try:
-            names = sorted(name for name in self.storage.list("samples") if re.fullmatch(r"step-\d{8,}\.png", name))
-            names = [name for name in names if int(name[5:-4]) <= step]
-            names = [names[i * len(names) // FRAMES] for i in range(FRAMES)] if len(names) > FRAMES else names
-            if len(names) > 1:
-                frames = [self.storage.read(f"samples/{name}") for name in names]
-                self.picture(step, "training.gif", render.animation(frames))
-        except (StorageError, OSError) as error:  # OSError: PIL cannot read a frame
-            self.tracker.note(f"warning: samples/training.gif was not made: {error}")
+    def check_resume(self) -> dict[str, Any]:
+        """Compare with the config that the run began with. Returns how the run ended where nothing is left to do."""
+        if self.checkpoints.store.folders() and self.storage.exists("config.yaml"):
+            stored = load_config(self.storage.read("config.yaml").decode(), f"{self.storage}/config.yaml")
+            check_resume(self.config, stored, self.config.run.force_resume, self.tracker.note)
+        outcome = read_outcome(self.storage)
+        if outcome.get("status") != "done" or not _reached(outcome, self.recipe.limits):
+            return {}
+        self.tracker.note(f"{self.storage} is done; give another run.url or a longer duration to train more")
+        _print_result(outcome)
+        return outcome
+
+    def newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint; the tracker continues from what was logged before it."""
+        checkpoint = self.checkpoints.store.newest(self.tracker.note)
+        self.tracker.records = self.log.before(checkpoint.step if checkpoint else 0)
+        if not self.tracker.sinks:
+            rollbacks = self.rollbacks()
+            self.tracker.sent = rollbacks[-1]["void_records"] if rollbacks else 0
+            self.tracker.sinks = open_sinks(self.config, self.name, self.storage, self.tracker.sent, self.tracker.note)
+        return checkpoint
+
+    def begin(self, step: int) -> None:
+        """From here on the directory is ours: what earlier attempts logged after `step` and how they ended is void."""
+        self.storage.write("config.yaml", dump(self.config).encode())
+        self.storage.write("data.json", json.dumps(to_json(self.recipe.data.description), indent=1).encode())
+        self.storage.delete("outcome.json")
+        self.log.rewind(step)
+
+    def start(self, boundary: Boundary) -> None:
+        """Say what begins, and keep an account of the attempt; after a rollback, of another one."""
+        state, again = boundary.state, self.recorder is not None
+        if self.recorder:
+            self.recorder.end("rolled_back")
+        self.print_banner(state.step)
+        self.tracker.console.health = boundary.watch.verdict.state
+
+        def progress() -> dict[str, float]:
+            clock = boundary.clock
+            at_rest = boundary.saved_step == state.step  # after the last save comes what is no training
+            seconds = state.seconds if at_rest else clock.run_seconds()
+            return {"step": state.step, "seconds": seconds, "checkpoint": clock.saving, "evaluate": clock.evaluating}
+
+        attempt = new_attempt(state.step, state.seconds, self.runtime.world, process_began=not again)
+        self.recorder = Recorder(self.storage, attempt, progress)
+
+    def print_banner(self, step: int) -> None:
+        config, note, runtime = self.config, self.tracker.note, self.runtime
+        d, workload = self.recipe.data.description, self.recipe.workload
+        count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
+        network = getattr(config.workload, "network", "")
+        of = f"{d.name}, {d.train_size:,} samples and {d.eval_size:,} held out"
+        note(f"{config.workload.name}{' ' if network else ''}{network}, {count:,} parameters; {of}")
+        device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else str(runtime.device)
+        threads = torch.get_num_threads()
+        ranks = f"{runtime.world} rank{'s'[: runtime.world > 1]} x {threads} thread{'s'[: threads > 1]}"
+        batch = f"batch {config.batch_size}, {config.duration}, seed {config.seed}"
+        note(f"{ranks} on {device}, {runtime.precision}; {batch}")
+        self.tracker.console.start(step)
+        if step:
+            note(f"resuming {self.storage} at step {step}")
+
+    # Rolling back after a collapse.
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """How often the run went back after it had ceased to be healthy, and why."""
         try:
-            found: list[dict[str, Any]] = json.loads(self.storage.read(ROLLBACKS))
-            return found
+            return list(json.loads(self.storage.read(ROLLBACKS)))
         except StorageError as error:
             if error.missing:
                 return []
@@ -127,16 +168,7 @@ class Directory:
         What came later is deleted before the decision is written: killed in between, the run would train that part
         again and come to the same decision.
         """
-        self.store.wait()
-        self.report_failure()
-        self.last = None
-        steps = self.store.steps()
-        # From a checkpoint that the verdict covers already, it would be reached again before any training.
-        sound = [step for step in steps if step < (outcome.health.step or outcome.step)]
-        best = self.tracker.best(self.headline, self.maximise, sound)
-        to = best if best is not None else max(sound, default=0)
-        for step in reversed([step for step in steps if step > to]):
-            self.store.remove(step)
+        to = self.checkpoints.go_back(before=outcome.health.step or outcome.step)
         entry = {
             "from": outcome.step, "to": to, "state": outcome.status, "reason": outcome.reason,
             "void_records": self.tracker.rewind(to),
@@ -144,65 +176,82 @@ class Directory:
         self.storage.write(ROLLBACKS, json.dumps([*self.rollbacks(), entry], indent=1).encode())
         self.tracker.note(f"rolling back from step {outcome.step} to step {to}: {outcome.status}: {outcome.reason}")
 
-    def begin(self, step: int, data: Description) -> None:
-        """From here on the directory is ours: what earlier lives logged after `step` and how they ended is void."""
-        self.storage.write("config.yaml", dump(self.config).encode())
-        self.storage.write("data.json", json.dumps(data.to_json(), indent=1).encode())
-        self.storage.delete("outcome.json")
-        self.log.rewind(step)
+    # The end.
 
-    def record(self, engine: Engine) -> None:
-        """Keep an account of the life that begins here; after a rollback, of another one."""
-        state, again = engine.state, self.recorder is not None
-        if self.recorder:
-            self.recorder.end("rolled_back")
+    def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
+        """Leave pictures, outcome.json and the closing lines behind. Returns the exit code."""
+        if outcome.status == "lease_lost":  # the directory is another job's
+            self.tracker.note(f"warning: lease_lost at step {outcome.step}: {self.storage}: {outcome.reason}")
+            return exit_code(outcome.status)
+        unsaved = self.checkpoints.finish()  # before anything that might fail
+        self._draw(boundary, outcome)
+        result = {
+            **outcome.metrics,
+            "samples_per_second": round(outcome.samples_per_second, 1),
+            "status": outcome.status,
+            "step": outcome.step,
+            "run": str(self.storage),
+        }
+        about: dict[str, Any] = {"reason": unsaved or outcome.reason, "metrics": outcome.metrics,
+                                 "seconds": boundary.state.seconds}  # fmt: skip
+        if self.recipe.workload.generates:
+            about |= {"health": asdict(outcome.health), "rollbacks": rollbacks}
+        assert self.recorder
+        goodput = self.recorder.end(outcome.status)
+        about["goodput"] = goodput.summary()
+        self.write_outcome({**result, **about})
+        saved = f"checkpoints/{folder(boundary.saved_step)}" if boundary.saved_step and not unsaved else None
+        code = 1 if unsaved else exit_code(outcome.status)
+        summary = {**result, "checkpoint": saved and f"{self.storage}/{saved}", "goodput": goodput.summary()}
+        self.tracker.close(summary, failed=code != 0)
+        self._say_goodbye(outcome, about["reason"], saved, goodput)
+        _print_result(result)
+        return code
 
-        def progress() -> dict[str, float]:
-            clock = engine.clock
-            at_rest = engine.saved == state.step  # after the last save comes what is no training
-            seconds = state.seconds if at_rest else clock.run_seconds()
-            return {"step": state.step, "seconds": seconds, "checkpoint": clock.saving, "evaluate": clock.evaluating}
+    def _draw(self, boundary: Boundary, outcome: Outcome) -> None:
+        workload, step = self.recipe.workload, outcome.step
+        if self.tracker.records:
+            curves = render.learning_curves(self.tracker.records, self.name, workload.scalars)
+            self.pictures.add(step, "learning_curves", curves)
+        if outcome.totals:
+            workload.eval()
+            figures = workload.figures(outcome.totals, boundary.loader.pixels, boundary.fixed_draws())
+            for name, figure in figures.items():
+                self.pictures.add(step, name, render.render(figure))
+        self.pictures.animate(step)
 
-        attempt = new_attempt(state.step, state.seconds, engine.runtime.world, process_began=not again)
-        self.recorder = Recorder(self.storage, attempt, progress)
-
-    def prune(self) -> None:
-        best = self.best()
-        self.store.prune(self.config.checkpoint.keep, lambda step: step == best or self.keep.due(step))
-
-    def best(self) -> int | None:
-        return self.tracker.best(self.headline, self.maximise, self.store.steps())
-
-    def report_failure(self) -> None:
-        failure = self.store.failure()
-        if failure is not None:
-            self.tracker.note(f"warning: a checkpoint was not saved, training goes on: {failure}")
-
-    def finish_saving(self) -> str | None:
-        """Wait for the last checkpoint; where it cannot be saved, rescue it to the local disk and say where."""
-        try:
-            self.store.wait(EXIT_SECONDS)
-        except TimeoutError as error:
-            self.tracker.note(f"warning: {error}")
-        failure = self.store.failure()
-        if self.last is None:
-            if failure is not None:
-                self.tracker.note(f"warning: after the last checkpoint: {failure}")
-            return None
-        rescue = Storage(str(Path("runs") / f"{self.name}-rescued" / "checkpoints"))
-        CheckpointStore(rescue).save(*self.last)
-        return f"the last checkpoint could not be saved ({failure}); it is in {rescue}/{folder(self.last[0])}"
+    def _say_goodbye(self, outcome: Outcome, reason: str, saved: str | None, goodput: Goodput) -> None:
+        note, here = self.tracker.note, _shown(self.storage)
+        note(f"{outcome.status} at step {outcome.step}: {reason}")
+        if self.recipe.workload.generates:
+            health = outcome.health
+            note(f"  health      {health.state}" + (f": {health.reason}" if health.state != "healthy" else ""))
+        note(f"  checkpoint  {f'{here}/{saved}' if saved else 'none'}")
+        note(f"  metrics     {here}/metrics")
+        if self.tracker.records:
+            note(f"  pictures    {here}/samples/*.png")
+        for line in goodput.table() if goodput.attempts > 1 else ():
+            note(line)
 
     def write_outcome(self, outcome: dict[str, Any]) -> None:
         if self.lease.lost:  # the directory is another job's, and so is its outcome
             return
         try:
-            attempt = (
-                {"life": current_attempt()} if current_attempt() else {}
-            )  # so that a batch script knows whose outcome it is
+            # A batch script asks whose outcome this is.
+            attempt = {"life": current_attempt()} if current_attempt() else {}
             self.storage.write("outcome.json", json.dumps({**outcome, **attempt}, indent=1).encode())
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
+
+    def crashed(self, error: BaseException) -> None:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        self.write_outcome({"status": "crashed", "step": None, "reason": reason})
+
+    def close(self) -> None:
+        self.tracker.console.close()
+        if self.recorder:
+            self.recorder.stop()
+        self.lease.release()
 
 
 def check_resume(config: RunConfig, stored: RunConfig, force: bool, note: Callable[[str], None]) -> None:
@@ -230,31 +279,19 @@ def read_outcome(storage: Storage) -> dict[str, Any]:
         return {}
 
 
-def make_sinks(
-    config: RunConfig, name: str, storage: Storage, discarded_records: int, note: Callable[[str], None]
-) -> tuple[Sink, ...]:
-    w = config.wandb
-    mode = os.environ.get("WANDB_MODE", "auto") if w.mode == "auto" else w.mode
-    mode = ("online" if logged_in() else "offline") if mode not in ("online", "offline", "disabled") else mode
-    if mode == "disabled":
-        return ()
-    where = Path(storage.url.removeprefix("file://")) if storage.local else Path("runs") / name
-    settings = WandbSettings(
-        mode,
-        run_id(storage),
-        name,
-        w.project,
-        w.entity,
-        w.group,
-        w.tags,
-        str(where),
-        config.model_dump(mode="json"),
-        discarded_records,
-    )
-    return (WandbSink(settings, note),)
+def _reached(outcome: dict[str, Any], limits: Limits) -> bool:
+    if limits.total_steps is not None:
+        return outcome["step"] >= limits.total_steps
+    return outcome.get("seconds", 0.0) >= (limits.total_seconds or 0.0)
 
 
-def shown(storage: Storage) -> str:
+def _shown(storage: Storage) -> str:
     """The URL as a person would type it."""
     here = f"{Path.cwd()}/"
     return str(storage).removeprefix(here) if storage.local else str(storage)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    """The last line of a run, for programs."""
+    hidden = ("reason", "metrics", "seconds", "health", "rollbacks", "goodput", "life")
+    print(json.dumps({k: v for k, v in result.items() if k not in hidden}), flush=True)  # noqa: T201

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 
+from .. import workloads
 from ..config.options import RunConfig, UserError
-from ..data.description import Description
+from ..config.settings import read_yaml
+from ..config.user_code import digests
+from ..data.description import Description, ImageDescription, from_json
 from ..state import load_weights
 from ..storage.checkpoint import CheckpointStore, CorruptCheckpoint, folder
 from ..storage.metric_log import MetricLog
@@ -15,7 +19,6 @@ from ..storage.objects import Storage, StorageError
 from ..tracking.console import Console
 from ..tracking.tracker import Tracker
 from ..workload import Workload
-from .build import build_workload, load_config
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,30 @@ class Trained:
     digest: str  # sha256 of the weights
 
     @property
+    def images(self) -> ImageDescription:
+        """What its images look like; raises UserError where it is of no images."""
+        if not isinstance(self.data, ImageDescription):
+            raise UserError(f"{self.storage}: {self.config.workload.name} is not of images: give a run that is")
+        return self.data
+
+    @property
     def name(self) -> str:
         return f"{self.storage}/checkpoints/{folder(self.step)}"
+
+
+def load_config(text: str, name: str) -> RunConfig:
+    """The config that a run directory keeps, alone: neither environment nor flags have a say."""
+    values = read_yaml(text, name)
+    model = workloads.config_model(str(values.get("workload", {}).get("name", "classifier")))
+    try:
+        groups = {n: f.annotation for n, f in model.model_fields.items()}
+        parsed = {
+            n: groups[n].model_validate(v) if n != "code" and isinstance(v, dict) else v  # type: ignore[union-attr]
+            for n, v in values.items()
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{name}: not a config of this version: {str(error).splitlines()[0]}") from None
+    return model.model_construct(**parsed)
 
 
 def locate(url: str) -> tuple[Storage, int | None]:
@@ -67,7 +92,7 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
             state = store.load(steps[-1], []).state
         except CorruptCheckpoint as error:
             raise UserError(
-                f"{storage}/checkpoints/{folder(steps[-1])} is damaged: {error}: choose one with --step"
+                f"{storage}/checkpoints/{folder(steps[-1])} is corrupt: {error}: choose one with --step"
             ) from None
         step = history(storage).best(state["headline"], state["maximise"], steps)
     return steps[-1] if step is None else step
@@ -76,7 +101,7 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
 def _description(storage: Storage) -> Description:
     """The data set of a run as its networks know it, so that the data need not be at hand."""
     try:
-        return Description.from_json(json.loads(storage.read("data.json")))
+        return from_json(json.loads(storage.read("data.json")))
     except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{storage}/data.json cannot be read: {error}: resume the run once, which writes it") from None
 
@@ -85,8 +110,11 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
     """Open a checkpoint; raises UserError."""
     storage, named = locate(url)
     config = load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
+    for file, digest in digests(config).items():
+        if config.code.get(file) != digest:
+            print(f"warning: {file} has changed since {storage} was trained", file=sys.stderr)  # noqa: T201
     data = _description(storage)
-    workload = build_workload(config, data)
+    workload = workloads.build(config, data)
     store = CheckpointStore(storage.at("checkpoints"))
     step = choose_step(storage, store, step if step is not None else named, best)
     try:
@@ -94,6 +122,6 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
         digest = store.digest(step)
     except CorruptCheckpoint as error:
         raise UserError(
-            f"{storage}/checkpoints/{folder(step)} is damaged: {error}: choose another with --step"
+            f"{storage}/checkpoints/{folder(step)} is corrupt: {error}: choose another with --step"
         ) from None
     return Trained(storage, step, config, data, workload, digest)

@@ -65,9 +65,9 @@ class CheckpointStore:
         """Committed steps, oldest first."""
         return [step for step in self.folders() if self.storage.exists(f"{folder(step)}/{MANIFEST}")]
 
-    def save(self, step: int, groups: Groups, state: dict[str, Any]) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Write and commit; raises StorageError. A committed checkpoint of that step is left as it is."""
-        path = folder(step)
+        step, path = checkpoint.step, folder(checkpoint.step)
         if self.storage.exists(f"{path}/{MANIFEST}"):
             return
         self.storage.delete_tree(path)  # what is left of a save that did not finish, or that was quarantined
@@ -77,9 +77,9 @@ class CheckpointStore:
             self.storage.write(f"{path}/{name}", data)
             files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-        for name, tensors in groups.items():
+        for name, tensors in checkpoint.groups.items():
             put(f"{name}.safetensors", safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}))
-        put(STATE, json.dumps(state, indent=1, sort_keys=True).encode())
+        put(STATE, json.dumps(checkpoint.state, indent=1, sort_keys=True).encode())
         manifest = {
             "format": FORMAT, "step": step, "files": files, "trainer": __version__, "torch": torch.__version__,
         }  # fmt: skip

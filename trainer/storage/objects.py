@@ -21,20 +21,17 @@ from urllib.parse import unquote
 import fsspec
 import tenacity
 
+from .protocols import PROTOCOLS, Protocol
+
 T = TypeVar("T")
 
-_S3 = {
-    "use_listings_cache": False,
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2, "mode": "standard"}},
-}
-# object stores, which have no folders and connect with the first request, and their options
-_OBJECT_STORES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("s3", "s3a"), _S3),
-    **{protocol: {"use_listings_cache": False} for protocol in ("gs", "gcs", "az", "abfs", "abfss")},
-}
-_EXTRAS = {
-    **{"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "sftp": "ssh", "ssh": "ssh"},
-    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+_OPTIONS: dict[str | None, dict[str, Any]] = {  # of the backends, by the extra that brings them
+    "s3": {
+        "use_listings_cache": False,
+        "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2, "mode": "standard"}},
+    },
+    "gcs": {"use_listings_cache": False},
+    "azure": {"use_listings_cache": False},
 }
 _PERMANENT = (  # errors that a retry would not change
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError,
@@ -128,22 +125,23 @@ class Storage:
         protocol = protocol if separator else "file"
         self.local = protocol in ("file", "local")
         self._in_process = self.local or protocol == "memory"
-        self._object_store = protocol in _OBJECT_STORES
+        known = PROTOCOLS.get(protocol, Protocol())
+        self._object_store = known.object_store
 
         def connect() -> tuple[Any, str]:
-            return fsspec.core.url_to_fs(self.url, **_OBJECT_STORES.get(protocol, {}))
+            return fsspec.core.url_to_fs(self.url, **_OPTIONS.get(known.extra, {}))
 
         try:
             lazy = self._in_process or self._object_store
             self._fs, self._root = connect() if lazy else _with_timeout(connect, deadline, deadline)
         except ImportError as error:
-            extra = _EXTRAS.get(protocol)
+            extra = known.extra
             hint = f": pip install 'trainer[{extra}]'" if extra else ""
             raise StorageError(f"{self}: {protocol}:// needs another package{hint} ({error})") from None
         except ValueError as error:
             raise StorageError(
                 f"{self}: not a URL that can be used: {self._reason(error)}; "
-                f"use a path, or one of {', '.join(f'{name}://' for name in sorted({*_EXTRAS, 'memory'}))}"
+                f"use a path, or one of {', '.join(f'{name}://' for name in sorted(PROTOCOLS))}"
             ) from None
         except Exception as error:
             raise StorageError(f"cannot connect to {self}: {self._reason(error)}") from error

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import IO, Any
 
-SHOWN = ("loss", "accuracy", "convergence")  # ends of the names that the console shows; the log has all of them
-NOT_SHOWN = ("top5_accuracy", "code_accuracy", "code_read_accuracy", "code_loss", "real_loss", "fake_loss")
-SHORT = {"discriminator_loss": "D loss", "discriminator_accuracy": "D accuracy", "generator_loss": "G loss",
-         "critic_loss": "C loss", "code_generated_accuracy": "code accuracy"}  # fmt: skip
+from ..figures import ScalarDisplay
+
 WIDTH = 80  # of a line on the console
 
 
@@ -29,18 +28,20 @@ def value_text(name: str, value: float) -> str:
     return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.4g}"
 
 
-def shown_text(values: dict[str, float]) -> list[str]:
-    """The values that the console shows, losses before accuracies, each with its name."""
-    names = [name for end in SHOWN for name in values if name.endswith(end) and name not in NOT_SHOWN]
-    scores = [name for name in values if name.startswith("fid@") or name == "modes"]
-    shown = {name: SHORT.get(name, name.partition("@")[0]) for name in scores + names}
-    return [f"{label} {value_text(name, values[name])}" for name, label in shown.items()]
+def shown_text(values: Mapping[str, float], scalars: Mapping[str, ScalarDisplay]) -> list[str]:
+    """The values that the console shows, in the order of `scalars`; of several feature extractors each score."""
+    names = [n for s in scalars if scalars[s].on_console for n in values if n == s or n.startswith(f"{s}@")]
+    bases = {name: name.partition("@")[0] for name in names}
+    return [f"{scalars[base].label or base} {value_text(base, values[name])}" for name, base in bases.items()]
 
 
 class Console:
     """A progress bar with ETA on a terminal, lines of the same content without one."""
 
-    def __init__(self, total: int | None, stream: IO[str] | None = None) -> None:
+    def __init__(
+        self, total: int | None, scalars: Mapping[str, ScalarDisplay] = {}, stream: IO[str] | None = None
+    ) -> None:
+        self._scalars = scalars
         self._stream = stream or sys.stdout
         self._total = total
         self._step = self._first = 0
@@ -80,7 +81,9 @@ class Console:
     def _describe(self) -> str:
         rate = [rate_text(self._latest["samples_per_second"])] if "samples_per_second" in self._latest else []
         health = [] if self.health == "healthy" else [self.health.replace("_", " ")]
-        return _line([self._where(), *health, *shown_text(self._latest), *rate, self._remaining()], WIDTH - 6)
+        return _line(
+            [self._where(), *health, *shown_text(self._latest, self._scalars), *rate, self._remaining()], WIDTH - 6
+        )
 
     def _remaining(self) -> str:
         done = self._step - self._first
@@ -95,7 +98,7 @@ class Console:
             self._latest = values
             if self._terminal:
                 return
-        parts = [f"step {self._where()}", f"epoch {values['epoch']:.2f}", *shown_text(values)]
+        parts = [f"step {self._where()}", f"epoch {values['epoch']:.2f}", *shown_text(values, self._scalars)]
         if kind == "train":
             parts += [rate_text(values["samples_per_second"]), self._remaining()]
         self.note(_line([*parts, *(["held out"] if kind == "evaluate" else [])], WIDTH))

@@ -10,14 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..figures import Figure, ImageGrid, Matrix, Panels, Points
+from ..figures import Figure, ImageGrid, Matrix, Panels, Points, ScalarDisplay
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
-FIRST = (  # panels of a GAN, most telling first
-    "fid", "modes", "high_quality", "discriminator_loss", "critic_loss", "convergence", "generator_loss",
-    "discriminator_accuracy", "distance", "k", "code_generated_accuracy", "precision", "recall", "coverage",
-    "diversity",
-)  # fmt: skip
 TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the grid
 
 
@@ -44,34 +39,34 @@ def _title(figure: Any, text: str, size: float) -> None:
     figure.suptitle("\n".join(textwrap.wrap(text, characters)), fontsize=size)
 
 
-def _panels(records: list[dict[str, Any]]) -> list[str]:
-    """The metrics that get a panel: what is held out first, then losses, speed and learning rate last."""
+def _panels(records: list[dict[str, Any]], scalars: Mapping[str, ScalarDisplay]) -> list[str]:
+    """The metrics that get a panel: those of `scalars` in their order, then what is held out, then losses; speed and
+    learning rate last."""
     hidden = {"step", "kind", "epoch", "steps_per_epoch", "data_wait", "gpu_memory_bytes", "top5_accuracy"}
     hidden |= {name for record in records for name in record if name.startswith(("fid_floor@", "fid_shuffled@"))}
     names = list(dict.fromkeys(name for record in records for name in record if name not in hidden))
     evaluated = {name for record in records if record["kind"] == "evaluate" for name in record}
-    last = ("lr", "samples_per_second")
+    last, listed = ("lr", "samples_per_second"), list(scalars)
 
     def order(name: str) -> tuple[Any, ...]:
         base = name.partition("@")[0]
-        first = FIRST.index(base) if base in FIRST else len(FIRST)
+        first = listed.index(base) if base in listed else len(listed)
         return (name in last, first, name not in evaluated, not name.endswith("loss"))
 
     return sorted(names, key=order)[:12] or ["loss"]
 
 
-def learning_curves(records: list[dict[str, Any]], title: str, bands: Mapping[str, tuple[float, float]] = {}) -> bytes:
-    """Every metric against the epoch; training and held-out values of one name share a panel.
-
-    `bands` are where the values of a healthy run lie.
-    """
-    names = _panels(records)
+def learning_curves(
+    records: list[dict[str, Any]], title: str, scalars: Mapping[str, ScalarDisplay] = {}
+) -> bytes:  # fmt: skip
+    """Every metric against the epoch; training and held-out values of one name share a panel."""
+    names = _panels(records, scalars)
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = _figure(4.2 * columns, 2.8 * rows + 0.3)
     _title(figure, title, 12)
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
-        _plot_metric(axes, name, records, bands.get(name))
+        _plot_metric(axes, name, records, scalars[name].healthy_range if name in scalars else None)
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
     return _png(figure)

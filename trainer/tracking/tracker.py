@@ -20,10 +20,10 @@ Metrics = dict[str, float]
 
 
 class Sink(Protocol):
-    """A place that takes committed records, such as W&B. Never raises; only `close` may wait, and not for long."""
+    """Takes committed records, such as W&B. Never raises; only `close` may wait, and not for long."""
 
     def past(self, records: list[dict[str, Any]]) -> None:
-        """The records of earlier lives of the run, which this place may have or not. Comes first."""
+        """The records of earlier attempts at the run, which this sink may have or not. Comes first."""
 
     def log(self, records: list[dict[str, Any]]) -> None: ...
     def image(self, step: int, name: str, png: bytes) -> None: ...
@@ -36,8 +36,6 @@ class Silent:
 
     def progress(self, step: int) -> None: ...
     def log(self, step: int, kind: str, values: Metrics) -> None: ...
-    def note(self, text: str) -> None: ...
-    def cut(self, step: int) -> None: ...
     def health(self, verdict: Verdict) -> None: ...
 
 
@@ -51,7 +49,7 @@ class Tracker:
     records: list[dict[str, Any]] = field(default_factory=list)  # all of the run, for curves and the best checkpoint
     _pending: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
     sent: int = 0  # records that the sinks have had, those that a rollback made void included
-    _past: list[dict[str, Any]] | None = None  # what `records` held when this life began to log
+    _past: list[dict[str, Any]] | None = None  # what `records` held when this attempt began to log
     _uploading: threading.Thread | None = None
     _warned: bool = False
 
@@ -106,13 +104,13 @@ class Tracker:
             sink.alert(verdict.state, f"step {verdict.step}: {verdict.reason}")
 
     def rewind(self, step: int) -> int:
-        """Forget what was logged after a checkpoint; returns how many records the sinks have had in vain, in all."""
+        """Forget what was logged after a checkpoint; returns how many records of the sinks are now void, in all."""
         self._pending.clear()
-        self._catch_up()  # where this life has logged nothing yet
+        self._catch_up()  # where this attempt has logged nothing yet
         return self.sent - len(self.log_.before(step))
 
     def _catch_up(self) -> None:
-        """Tell the sinks once what earlier lives have logged."""
+        """Tell the sinks once what earlier attempts have logged."""
         if self._past is None:
             self._past = list(self.records)
             self.sent += len(self._past)
@@ -129,13 +127,13 @@ class Tracker:
     def best(self, metric: str, maximise: bool, among: Iterable[int] | None = None) -> int | None:
         """The step with the best evaluation."""
         allowed = None if among is None else set(among)
-        found = [
+        candidates = [
             record
             for record in self.evaluations()
             if math.isfinite(record.get(metric, math.nan)) and (allowed is None or record["step"] in allowed)
         ]
         pick: Callable[..., Any] = max if maximise else min
-        return pick(found, key=lambda r: r[metric])["step"] if found else None
+        return pick(candidates, key=lambda r: r[metric])["step"] if candidates else None
 
     def close(self, summary: dict[str, Any], failed: bool) -> None:
         self.console.close()
@@ -146,6 +144,6 @@ class Tracker:
         except StorageError as error:
             self.note(f"warning: the metric log: {error}")
         for sink in self.sinks:
-            if summary.get("status") == "done":  # any other run goes on from its checkpoint and logs this again
+            if summary.get("status") == "done":  # any other run resumes from its checkpoint and logs this again
                 sink.log(self.log_.tail())
             sink.close(summary, failed)

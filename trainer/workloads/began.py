@@ -3,6 +3,7 @@ real and fake images."""
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,9 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions
-from ..data.description import Batch, Description
+from ..data.description import Batch, ImageDescription
+from ..figures import ScalarDisplay
 from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.criteria import displays
 from ..gan.dcgan import halvings
+from ..metrics.health import RECENT, Answer, Past, Rule, Rules, Values
 from ..randomness import Draws
 from ..workload import Scalars
 
@@ -25,8 +29,6 @@ class Options(AdversarialOptions):
         ("label_smoothing", "spectral_norm", "gradient_penalty", "r1", "packing"), _REBUILDS
     )
 
-    name: Literal["began"] = "began"
-    """What is trained: the name of a file in trainer/workloads."""
     latent: int = Field(64, ge=1, le=8192)
     """Length of the latent vector z, and of the autoencoder's code."""
     width: int = Field(64, ge=1)
@@ -39,19 +41,41 @@ class Options(AdversarialOptions):
     """batch: BatchNorm of the autoencoder's code, which then tells fakes that are all alike. The paper has none."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return Began(options, data, optimizer)
+
+
+# k starts at 0, but its mean over a log interval is 0 only where it was clipped at every step.
+PINNED_RECORDS, PINNED_MARGIN = 20, 1e-4
+# M_global falls to a plateau, so the mean of the last records is held against the first one.
+FLAT = 0.9
+
+
+def _pinned(now: Values, past: Past, rules: Rules) -> Answer:
+    pinned = min(now["k"], 1 - now["k"]) <= PINNED_MARGIN
+    return pinned, f"BEGAN's k is pinned at {round(now['k'])} and balances nothing"
+
+
+def _flat(now: Values, past: Past, rules: Rules) -> Answer:
+    first = past.first["convergence"]
+    mean = fmean(record["convergence"] for record in past.recent if "convergence" in record)
+    return mean > FLAT * first, f"BEGAN's convergence is {mean:.3g}, still above {FLAT:g} times {first:.3g}"
 
 
 class Began(Adversarial):
     options: Options
     controller_inputs = ("real_loss", "fake_loss")
+    health_rules = (
+        Rule("convergence_failure", "train", ("k",), 0, PINNED_RECORDS, _pinned),
+        Rule("convergence_failure", "train", ("convergence",), RECENT, 1, _flat),
+    )
     k: Tensor
     convergence: Tensor  # M_global of the step before
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         generator = Decoder(options, data)
         super().__init__(options, data, optimizer, generator, Autoencoder(options, data))
+        self.scalars = displays(convergence=ScalarDisplay(True), k=ScalarDisplay())
         self.register_buffer("k", torch.zeros(()))
         self.register_buffer("convergence", torch.zeros(()))
 
@@ -64,13 +88,14 @@ class Began(Adversarial):
         return (images - self.discriminator(images)).abs().mean((1, 2, 3))
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        reals, fakes, _ = self.seen(batch, draws)
+        reals, fakes, _ = self.discriminator_inputs(batch, draws)
         real, fake = self.reconstruction_error(reals[0]).mean(), self.reconstruction_error(fakes[0]).mean()
         loss = real - self.k * fake
         return loss, {"real_loss": real.detach(), "k": self.k.clone(), "convergence": self.convergence.clone()}
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        loss = self.reconstruction_error(self.augment_inputs(self.fakes(batch, draws).views, draws, "fake")[0]).mean()
+        (images,) = self.augment_inputs(self.generate_fakes(batch, draws).views, draws, "fake")
+        loss = self.reconstruction_error(images).mean()
         return loss, {"fake_loss": loss.detach()}
 
     def after_step(self, step: int, means: Scalars) -> None:
@@ -112,7 +137,7 @@ def _pair(before: int, after: int) -> list[nn.Module]:
 class Decoder(nn.Module):
     """(B, latent) to images (B, C, H, W): nearest upsampling and pairs of convolutions; the output is linear."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         times, size = halvings(data)
         times, size = (times - 1, 2 * size) if times > 1 else (times, size)  # the paper stops at 8 pixels
@@ -128,7 +153,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         times, size = halvings(data)
         times, size = (times - 1, 2 * size) if times > 1 else (times, size)

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config.options import OptimizerOptions
-from ..data.description import Batch, Description
+from ..data.description import Batch, ImageDescription
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import halvings
 from ..randomness import Draws
@@ -31,8 +31,6 @@ class Options(AdversarialOptions):
         "label_smoothing": "whose loss is the hinge", "packing": "which judges an image with its class",
     }  # fmt: skip
 
-    name: Literal["biggan"] = "biggan"
-    """What is trained: the name of a file in trainer/workloads."""
     latent: int = Field(80, ge=1, le=8192)
     """Length of z; with `hierarchical` every block gets its own part of it."""
     width: int = Field(64, ge=1)
@@ -53,7 +51,7 @@ class Options(AdversarialOptions):
     """Decay of the moving average of the generator's weights, which then is what samples and is evaluated. 0 is off."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return BigGan(options, data, optimizer)
 
 
@@ -61,7 +59,7 @@ class BigGan(Adversarial):
     options: Options
     conditional = True
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         if len(data.classes) < 2:
             raise ValueError(f"workload.name: biggan needs classes, but {data.name} has none: use dcgan or wgan_gp")
         generator, discriminator = Generator(options, data), Discriminator(options, data)
@@ -76,14 +74,14 @@ class BigGan(Adversarial):
 
 def orthogonal_penalty(network: nn.Module) -> Tensor:
     """The sum over the layers of |W W^T without its diagonal|^2, embeddings left out (Brock et al. 2019)."""
-    found = []
+    penalties = []
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             # Where the weight is normalised, the raw one, as the weight itself would iterate the norm once more.
             raw: Any = module
             raw = raw.parametrizations.weight.original if is_parametrized(module) else raw.weight
-            found.append(_orthogonal_penalty(raw.flatten(1)))
-    return torch.stack(found).sum()
+            penalties.append(_orthogonal_penalty(raw.flatten(1)))
+    return torch.stack(penalties).sum()
 
 
 def _orthogonal_penalty(rows: Tensor) -> Tensor:
@@ -94,7 +92,7 @@ def _orthogonal_penalty(rows: Tensor) -> Tensor:
     return (gram - gram.diag().diag()).square().sum()
 
 
-def _stages(options: Options, data: Description) -> tuple[list[int], int]:
+def _stages(options: Options, data: ImageDescription) -> tuple[list[int], int]:
     """Channels from the middle to the image, one more than there are blocks, and the size in the middle."""
     times, size = halvings(data)
     if options.constant_width:
@@ -102,7 +100,7 @@ def _stages(options: Options, data: Description) -> tuple[list[int], int]:
     return [options.width * min(2**stage, 16) for stage in reversed(range(times + 1))], size
 
 
-def _attends(options: Options, data: Description) -> bool:
+def _attends(options: Options, data: ImageDescription) -> bool:
     return options.attention == "yes" or (options.attention == "auto" and data.size >= ATTENTION_FROM)
 
 
@@ -178,14 +176,14 @@ class Attention(nn.Module):
         query, key = self.query(x).flatten(2), F.max_pool2d(self.key(x), 2).flatten(2)
         value = F.max_pool2d(self.value(x), 2).flatten(2)
         query, key, value = (t.transpose(1, 2)[:, None] for t in (query, key, value))  # one head: ONNX wants to know
-        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        return x + self.gain * self.out(seen[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        return x + self.gain * self.out(attended[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class Generator(nn.Module):
     """z (B, latent) and labels (B,) to images (B, C, H, W) in [-1, 1]."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         widths, self.size = _stages(options, data)
         parts = len(widths) if options.hierarchical else 1
@@ -221,7 +219,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images and labels to logits (B,): a score plus the projection on the class (Miyato and Koyama 2018)."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         widths = list(reversed(_stages(options, data)[0]))
         blocks: list[nn.Module] = [Down(data.channels, widths[1], first=True)]

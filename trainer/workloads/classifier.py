@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..config.options import OptimizerOptions, WorkloadOptions
-from ..data.description import Batch, Description
+from ..config.user_code import is_user_code, load_attribute
+from ..data.description import Batch, ImageDescription
 from ..figures import Figure, ImageGrid, Matrix
+from ..metrics.evaluator import Evaluator, Scores, Totals
 from ..nn import optim
 from ..nn.average import WeightAverage
 from ..nn.dropout import drawing, use_draws
 from ..randomness import Draws
-from ..workload import Phase, Scalars, Totals, Workload
+from ..workload import Phase, Scalars, Workload
 
 OWN = ("softmax", "fnn", "cnn", "lenet5")
 ADAPTED = (
@@ -30,11 +32,10 @@ LARGEST_MATRIX = 100  # classes
 
 
 class Options(WorkloadOptions):
-    name: Literal["classifier"] = "classifier"
-    """What is trained: the name of a file in trainer/workloads."""
     network: str = "cnn"
     """softmax, fnn, cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101,
-    resnet152, or torchvision:NAME for any classification model of torchvision."""
+    resnet152, torchvision:NAME for any classification model of torchvision, or path/to/net.py:Net of your own, which
+    is called with the keywords channels, classes and size and takes images (B, channels, size, size) to logits."""
     hidden: int = Field(500, ge=1)
     """Width of the fnn's hidden layer."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -49,8 +50,8 @@ class Options(WorkloadOptions):
     @field_validator("network")
     @classmethod
     def _known(cls, network: str) -> str:
-        if network not in OWN + ADAPTED and not network.startswith("torchvision:"):
-            raise ValueError(f"known networks: {', '.join(OWN + ADAPTED)}, torchvision:NAME")
+        if network not in OWN + ADAPTED and not network.startswith("torchvision:") and not is_user_code(network):
+            raise ValueError(f"known networks: {', '.join(OWN + ADAPTED)}, torchvision:NAME, path/to/net.py:Net")
         if network.startswith("torchvision:"):
             import torchvision
 
@@ -61,14 +62,14 @@ class Options(WorkloadOptions):
         return network
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Classifier:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Classifier:
     return Classifier(options, data, optimizer)
 
 
 class Classifier(Workload):
-    headline, maximise = "accuracy", True
+    data: ImageDescription
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         super().__init__()
         self.options, self.data = options, data
         self.network = use_draws(network(options, data))
@@ -125,9 +126,42 @@ class Classifier(Workload):
     def inference(self) -> nn.Module:
         return self.network if self.average is None else self.average.module
 
-    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
-        """A table over all samples, in which a batch fills its own rows."""
-        logits = self.inference()(batch["image"])
+    def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
+        return ClassificationEvaluator(self)
+
+    def example(self) -> dict[str, Tensor]:
+        draws = Draws(0, ("example",), slice(0, 2), torch.device("cpu"))
+        return {"images": draws.uniform("images", self.data.shape)}
+
+    def figures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
+        names = self.data.classes
+        figures: dict[str, Figure] = {}
+        label, prediction = totals["label"].long(), totals["prediction"].long()
+        if len(names) <= LARGEST_MATRIX:
+            counts = torch.bincount(label * len(names) + prediction, minlength=len(names) ** 2)
+            figures["confusion"] = Matrix(
+                counts.view(len(names), -1), names, f"{self.data.name}: {len(label)} samples", "true", "predicted"
+            )
+        wrong = torch.nonzero(label != prediction).flatten()
+        worst = wrong[totals["nll"][wrong].argsort(descending=True)[:SHOWN]].tolist()
+        if worst:
+            captions = tuple(
+                f"{names[prediction[i]]} {totals['confidence'][i]:.0%}\nis {names[label[i]]}" for i in worst
+            )
+            figures["mistakes"] = ImageGrid(images(worst), captions, f"{self.data.name}: the worst mistakes")
+        return figures
+
+
+class ClassificationEvaluator:
+    """A table over all samples, in which a batch fills its own rows."""
+
+    headline, maximise = "accuracy", True
+
+    def __init__(self, workload: Classifier) -> None:
+        self.workload = workload
+
+    def totals(self, batch: Batch, draws: Draws) -> Totals:
+        logits = self.workload.inference()(batch["image"])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         labels = batch["label"]
         confidence, prediction = wide.softmax(1).max(1)
@@ -137,9 +171,10 @@ class Classifier(Workload):
             "confidence": confidence,
             "label": labels,
         }
-        if len(self.data.classes) > 5:
+        data = self.workload.data
+        if len(data.classes) > 5:
             rows["top5"] = (wide.topk(5, dim=1).indices == labels[:, None]).any(1)
-        empty = torch.zeros(self.data.eval_size, dtype=torch.float64, device=wide.device)
+        empty = torch.zeros(data.eval_size, dtype=torch.float64, device=wide.device)
         return {name: empty.index_add(0, batch["id"], values.double()) for name, values in rows.items()}
 
     def report(self, totals: Totals) -> dict[str, float]:
@@ -151,24 +186,6 @@ class Classifier(Workload):
             metrics["top5_accuracy"] = float(totals["top5"].mean())
         return metrics
 
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
-        names = self.data.classes
-        found: dict[str, Figure] = {}
-        label, prediction = totals["label"].long(), totals["prediction"].long()
-        if len(names) <= LARGEST_MATRIX:
-            counts = torch.bincount(label * len(names) + prediction, minlength=len(names) ** 2)
-            found["confusion"] = Matrix(
-                counts.view(len(names), -1), names, f"{self.data.name}: {len(label)} samples", "true", "predicted"
-            )
-        wrong = torch.nonzero(label != prediction).flatten()
-        worst = wrong[totals["nll"][wrong].argsort(descending=True)[:SHOWN]].tolist()
-        if worst:
-            captions = tuple(
-                f"{names[prediction[i]]} {totals['confidence'][i]:.0%}\nis {names[label[i]]}" for i in worst
-            )
-            found["mistakes"] = ImageGrid(images(worst), captions, f"{self.data.name}: the worst mistakes")
-        return found
-
 
 def _cut(centre: float, size: int, length: float) -> slice:
     """The part of a box of `length` around a random centre that lies within `size` pixels."""
@@ -176,7 +193,7 @@ def _cut(centre: float, size: int, length: float) -> slice:
     return slice(max(middle - half, 0), min(middle + half, size))
 
 
-def network(options: Options, data: Description) -> nn.Module:
+def network(options: Options, data: ImageDescription) -> nn.Module:
     """Images (B, C, H, W), normalised, to logits (B, classes)."""
     name, classes = options.network, len(data.classes)
     if name == "softmax":
@@ -190,6 +207,9 @@ def network(options: Options, data: Description) -> nn.Module:
         return _cnn(data.channels, data.size, classes)
     if name == "lenet5":
         return _lenet5(data.channels, data.size, classes)
+    if is_user_code(name):
+        own = load_attribute("workload.network", name)
+        return cast(nn.Module, own(channels=data.channels, classes=classes, size=data.size))
     return _torchvision(name.removeprefix("torchvision:"), name in ADAPTED, data, classes)
 
 
@@ -221,7 +241,7 @@ def _lenet5(channels: int, size: int, classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-def _torchvision(name: str, adapt: bool, data: Description, classes: int) -> nn.Module:
+def _torchvision(name: str, adapt: bool, data: ImageDescription, classes: int) -> nn.Module:
     """torchvision's model, untrained; the adapted ones get a stem for small images where the images are small."""
     from torchvision.models import get_model
 
@@ -262,7 +282,7 @@ def _torchvision(name: str, adapt: bool, data: Description, classes: int) -> nn.
     return model
 
 
-def _unfit(name: str, data: Description, reason: Exception) -> ValueError:
+def _unfit(name: str, data: ImageDescription, reason: Exception) -> ValueError:
     return ValueError(
         f"workload.network: torchvision:{name} does not take images of {data.size} pixels "
         f"({str(reason).splitlines()[0].rstrip('. ')}): use images of another size or another network"
@@ -270,7 +290,7 @@ def _unfit(name: str, data: Description, reason: Exception) -> ValueError:
 
 
 @torch.no_grad()
-def _try(model: nn.Module, name: str, data: Description) -> None:
+def _try(model: nn.Module, name: str, data: ImageDescription) -> None:
     """Find out whether the images are large enough, by shapes alone; raises ValueError."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}

@@ -9,14 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config.options import OptimizerOptions
-from ..data.description import Batch, Description
+from ..data.description import Batch, ImageDescription
 from ..gan.adversarial import Adversarial, AdversarialOptions, Views
 from ..gan.dcgan import Discriminator, Generator
 
 
 class Options(AdversarialOptions):
-    name: Literal["dcgan"] = "dcgan"
-    """What is trained: the name of a file in trainer/workloads."""
     loss: Literal["logistic", "hinge"] = "logistic"
     """logistic (non-saturating) or hinge, which goes well with spectral_norm."""
     width: int = Field(64, ge=1)
@@ -25,14 +23,14 @@ class Options(AdversarialOptions):
     """Multi-scale gradients (MSG-GAN, Karnewar and Wang 2020): the discriminator sees the image at every scale."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return DcGan(options, data, optimizer)
 
 
 class DcGan(Adversarial):
     generator: Generator
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         if options.multi_scale and options.augment:
             raise ValueError("workload.augment: would move each scale differently: use it without multi_scale")
         norm = "batch" if options.plain_norm else "none"

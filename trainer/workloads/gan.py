@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config.options import OptimizerOptions
-from ..data.description import Description
+from ..data.description import ImageDescription
 from ..gan.adversarial import Adversarial, AdversarialOptions
 
 
 class Options(AdversarialOptions):
-    name: Literal["gan"] = "gan"
-    """What is trained: the name of a file in trainer/workloads."""
     loss: Literal["logistic", "hinge", "wasserstein"] = "logistic"
     """logistic (non-saturating), hinge, or wasserstein, which wants gradient_penalty or spectral_norm."""
     width: int = Field(128, ge=1)
@@ -25,14 +23,14 @@ class Options(AdversarialOptions):
     """Hidden layers of the generator; those of points are all of the first one's width."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return Gan(options, data, optimizer)
 
 
 class Gan(Adversarial):
     channels_last = False
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         generator = Generator(options, data)
         super().__init__(options, data, optimizer, generator, Discriminator(options, data), options.loss)
 
@@ -40,7 +38,7 @@ class Gan(Adversarial):
 class Generator(nn.Module):
     """z (B, latent) to (B, C, H, W): images in [-1, 1], or points, which nothing bounds."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         self.shape = data.shape
         points = data.size == 1
@@ -60,7 +58,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         inputs = data.channels * data.size**2 * options.packing
         wide, narrow = (options.width,) * 2 if data.size == 1 else (4 * options.width, 2 * options.width)

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..config.options import OptimizerOptions
-from ..data.description import Batch, Description
-from ..figures import Figure, ImageGrid
-from ..gan.adversarial import Adversarial, AdversarialOptions, unit
+from ..data.description import Batch, ImageDescription
+from ..figures import Figure, ImageGrid, ScalarDisplay
+from ..gan.adversarial import Adversarial, AdversarialOptions, GeneratorEvaluator, unit
+from ..gan.criteria import displays
 from ..gan.dcgan import halvings, initialise
+from ..metrics.evaluator import Evaluator, Scores, Totals
 from ..randomness import Draws
-from ..workload import Scalars, Totals
+from ..workload import Scalars
 
 
 class Options(AdversarialOptions):
     refuses: ClassVar[dict[str, str]] = {"packing": "which reads the codes of single images"}
 
-    name: Literal["infogan"] = "infogan"
-    """What is trained: the name of a file in trainer/workloads."""
     latent: int = Field(62, ge=1, le=8192)
     """Length of the part of the latent vector that is noise."""
     categories: int = Field(10, ge=2, le=1000)
@@ -46,14 +46,14 @@ class Options(AdversarialOptions):
     """Channels of the layers next to the image; each halving of the image doubles them."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return InfoGan(options, data, optimizer)
 
 
 class Generator(nn.Module):
     """The latent vector (B, L) to images (B, C, H, W) in [-1, 1]: two linear layers, then one per doubling."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         times, size = halvings(data)
         widths = [options.width * 2**stage for stage in reversed(range(times))]
@@ -76,7 +76,7 @@ class Generator(nn.Module):
 class Reader(nn.Module):
     """A discriminator whose trunk also reads the codes: images to logits (B,), category logits, continuous means."""
 
-    def __init__(self, options: Options, data: Description) -> None:
+    def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         times, size = halvings(data)
         widths = [data.channels, *(options.width * 2**stage for stage in range(times))]
@@ -118,8 +118,10 @@ class InfoGan(Adversarial):
     options: Options
     discriminator: Reader
 
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         super().__init__(options, data, optimizer, Generator(options, data), Reader(options, data))
+        code_accuracy = ScalarDisplay(True, "code accuracy")
+        self.scalars = displays(**self.criterion.losses, code_generated_accuracy=code_accuracy)
 
     def latents(self, draws: Draws, truncation: float | None = None) -> Tensor:
         """Noise, the category as one of `categories`, the continuous codes."""
@@ -139,11 +141,11 @@ class InfoGan(Adversarial):
         return loss, {"code_loss": loss.detach(), "code_accuracy": right}
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        reals, fakes, given = self.seen(batch, draws)
+        reals, fakes, made = self.discriminator_inputs(batch, draws)
         real, _, _ = self.discriminator.read(reals[0])
         fake, category, codes = self.discriminator.read(fakes[0])
         loss = self.criterion.discriminator(real, fake, self.options.label_smoothing)
-        missing, metrics = self.missing(given.z, category, codes)
+        missing, metrics = self.missing(made.z, category, codes)
         scalars = {**self.signals(loss, real, fake), **metrics}
         loss = loss + missing
         for name, penalty in self.penalties(reals, fakes, None, draws):
@@ -152,40 +154,17 @@ class InfoGan(Adversarial):
         return loss, scalars
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
-        fakes = self.fakes(batch, draws)
+        fakes = self.generate_fakes(batch, draws)
         fake, category, codes = self.discriminator.read(self.augment_inputs(fakes.views, draws, "fake")[0])
         loss = self.criterion.generator(fake)
         return loss + self.missing(fakes.z, category, codes)[0], {"generator_loss": loss.detach()}
 
-    # Evaluation: does the category tell the classes apart?
-
-    def evaluate(self, batch: Batch, draws: Draws) -> Totals:
-        """Adds counts by (class, category): as read from real images, and of generated ones, whose classes the
-        features' classifier tells."""
-        assert self.quality is not None
-        z = self.latents(draws)
-        images = self.images(z, None)
-        found = self.quality.totals(images, batch["id"])
-        read = self.discriminator.read(batch["image"])[1].argmax(1)
-        found["codes/read"] = self.table(batch["label"], read)
-        if (classes := self.quality.classify(images)) is not None:
-            o = self.options
-            found["codes/generated"] = self.table(classes, z[:, o.latent : o.latent + o.categories].argmax(1))
-        return found
-
-    def table(self, classes: Tensor, categories: Tensor) -> Tensor:
-        shape = (len(self.data.classes), self.options.categories)
-        counts = torch.bincount(classes * shape[1] + categories, minlength=shape[0] * shape[1])
-        return counts.double().view(shape)
-
-    def report(self, totals: Totals) -> dict[str, float]:
-        tables = {name.partition("/")[2]: table for name, table in totals.items() if name.startswith("codes/")}
-        accuracies = {f"code_{name}_accuracy": assigned(table) for name, table in tables.items()}
-        return {**super().report(totals), **accuracies}
+    def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
+        return CodeEvaluator(self, scores())
 
     @torch.no_grad()
-    def pictures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
-        found = super().pictures(totals, images, draws)
+    def figures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
+        figures = super().figures(totals, images, draws)
         o, columns = self.options, 10
         z = self.latents(draws.of(10))
         rows = torch.eye(o.categories, device=z.device, dtype=z.dtype)[:10]
@@ -197,7 +176,36 @@ class InfoGan(Adversarial):
             path[:, :, o.latent + o.categories + code] = torch.linspace(-2, 2, columns, device=z.device).to(z.dtype)
             title = f"code {code + 1} from -2 to 2"
             grids.append(ImageGrid(unit(self.images(path.flatten(0, 1), None)), columns=columns, title=title))
-        return {**found, **{f"traversal_{i}" if i else "traversal_category": grid for i, grid in enumerate(grids)}}
+        return {**figures, **{f"traversal_{i}" if i else "traversal_category": grid for i, grid in enumerate(grids)}}
+
+
+class CodeEvaluator(GeneratorEvaluator):
+    """Asks besides whether the category tells the classes apart."""
+
+    workload: InfoGan
+
+    def totals(self, batch: Batch, draws: Draws) -> Totals:
+        """Adds counts by (class, category): as read from real images, and of generated ones, whose classes the
+        features' classifier tells."""
+        workload, o = self.workload, self.workload.options
+        z = workload.latents(draws)
+        images = workload.images(z, None)
+        totals = self.scores.totals(images, batch["id"])
+        read = workload.discriminator.read(batch["image"])[1].argmax(1)
+        totals["codes/read"] = self.table(batch["label"], read)
+        if (classes := self.scores.classify(images)) is not None:
+            totals["codes/generated"] = self.table(classes, z[:, o.latent : o.latent + o.categories].argmax(1))
+        return totals
+
+    def table(self, classes: Tensor, categories: Tensor) -> Tensor:
+        shape = (len(self.workload.data.classes), self.workload.options.categories)
+        counts = torch.bincount(classes * shape[1] + categories, minlength=shape[0] * shape[1])
+        return counts.double().view(shape)
+
+    def report(self, totals: Totals) -> dict[str, float]:
+        tables = {name.partition("/")[2]: table for name, table in totals.items() if name.startswith("codes/")}
+        accuracies = {f"code_{name}_accuracy": assigned(table) for name, table in tables.items()}
+        return {**super().report(totals), **accuracies}
 
 
 def assigned(table: Tensor) -> float:

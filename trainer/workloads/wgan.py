@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..config.options import OptimizerOptions
-from ..data.description import Description
+from ..data.description import ImageDescription
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import Discriminator, Generator
 
@@ -21,8 +21,6 @@ class Options(AdversarialOptions):
         "label_smoothing": "which has no targets", "spectral_norm": _CLIPPED, "gradient_penalty": _CLIPPED,
     }  # fmt: skip
 
-    name: Literal["wgan"] = "wgan"
-    """What is trained: the name of a file in trainer/workloads."""
     discriminator_steps: int = Field(5, ge=1, le=1000)
     """Updates of the critic per update of the generator, each on a batch of its own."""
     clip: float = Field(0.01, gt=0)
@@ -31,12 +29,12 @@ class Options(AdversarialOptions):
     """Channels of the layers next to the image; each halving of the image doubles them."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return Wgan(options, data, optimizer)
 
 
 class Wgan(Adversarial):
-    def __init__(self, options: Options, data: Description, optimizer: OptimizerOptions) -> None:
+    def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
         norm = "batch" if options.plain_norm else "none"
         super().__init__(
             options, data, optimizer,

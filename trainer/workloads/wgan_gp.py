@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from ..config.options import OptimizerOptions
-from ..data.description import Description
+from ..data.description import ImageDescription
 from ..gan.adversarial import Adversarial, AdversarialOptions
 from ..gan.dcgan import Discriminator, Generator
 
@@ -15,8 +15,6 @@ from ..gan.dcgan import Discriminator, Generator
 class Options(AdversarialOptions):
     refuses: ClassVar[dict[str, str]] = {"label_smoothing": "which has no targets"}
 
-    name: Literal["wgan_gp"] = "wgan_gp"
-    """What is trained: the name of a file in trainer/workloads."""
     discriminator_steps: int = Field(5, ge=1, le=1000)
     """Updates of the critic per update of the generator, each on a batch of its own."""
     gradient_penalty: float = Field(10.0, gt=0)
@@ -27,7 +25,7 @@ class Options(AdversarialOptions):
     """Channels of the layers next to the image; each halving of the image doubles them."""
 
 
-def build(options: Options, data: Description, optimizer: OptimizerOptions) -> Adversarial:
+def build(options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> Adversarial:
     return Adversarial(
         options, data, optimizer,
         Generator(options.latent, options.width, data),

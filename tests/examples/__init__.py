@@ -1,0 +1,1 @@
+"""Files as a user may write them: given to the trainer by their paths."""

@@ -1,0 +1,163 @@
+"""What generated images are compared with: the features that a config names, and the statistics of the real images.
+
+The statistics are taken once, by all ranks together, and may be kept in a cache that runs share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..config.options import RunConfig, UserError
+from ..data.dataset import Memory, Split
+from ..data.description import Description, ImageDescription
+from ..data.loader import BatchLoader
+from ..distributed.runtime import Runtime
+from ..metrics.evaluator import Totals
+from ..metrics.features import Features, Inception, Penultimate, PerChannel, Pixels
+from ..metrics.scores import SampleScores, shuffled
+from ..storage.objects import Storage, StorageError
+from .opened import open_run
+
+
+class Reference:
+    """The scores of a run, and where they take the statistics of the real images from."""
+
+    def __init__(self, scores: SampleScores, cache: Storage | None) -> None:
+        self.scores, self.cache = scores, cache
+
+    def prepare(self, loader: BatchLoader, runtime: Runtime) -> None:
+        """Take the statistics of the real images, from the cache where it has them; every rank does its share."""
+        file = self._name(loader) if runtime.main and self.cache else ""
+        groups = runtime.broadcast_groups(self._cached(file) if runtime.main else None)
+        if not groups:
+            sources: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {
+                "held_out": lambda: loader.real(held_out=True),
+                "training": lambda: loader.real(held_out=False),
+                "shuffled": lambda: ((shuffled(images), ids) for images, ids in loader.real(held_out=True)),
+            }
+            for name, batches in sources.items():
+                sums: Totals = {}
+                for images, ids in batches():
+                    for key, value in self.scores.sums(images, ids).items():
+                        sums[key] = sums[key] + value if key in sums else value
+                groups[name] = runtime.total(sums)
+            if problem := runtime.broadcast(self._keep(file, groups) if runtime.main else ""):
+                raise UserError(problem)
+        self.scores.use(groups)
+
+    def _name(self, loader: BatchLoader) -> str:
+        """Of the statistics in the cache. Sets of one name, such as folders, are told apart by some of their images."""
+        d = self.scores.data
+        some = loader.pixels(i * d.eval_size // 16 for i in range(16))
+        label = self.scores.features.label
+        text = f"{d.name} {d.shape} {d.train_size} {d.eval_size} {self.scores.kept} {label} 2"
+        digest = hashlib.sha256(text.encode())
+        for part in (some, _labels(loader.data.held_out), _labels(loader.data.train)):
+            digest.update(part.numpy().tobytes())
+        return f"reference-{digest.hexdigest()[:16]}.safetensors"
+
+    def _cached(self, name: str) -> dict[str, Totals]:
+        """The statistics as they were kept, below the sha256 of their file; nothing where they are corrupt."""
+        if self.cache is None:
+            return {}
+        try:
+            stored = self.cache.read(name)
+        except StorageError:
+            return {}
+        if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+            return {}
+        groups: dict[str, Totals] = {}
+        for key, value in safetensors.torch.load(stored[32:]).items():
+            group, _, rest = key.partition("/")
+            groups.setdefault(group, {})[rest] = value
+        return groups
+
+    def _keep(self, name: str, groups: dict[str, Totals]) -> str:
+        """Returns what went wrong, for the user."""
+        if self.cache is None:
+            return ""
+        flat = {f"{group}/{key}": value.contiguous() for group, totals in groups.items()
+                for key, value in totals.items()}  # fmt: skip
+        data = safetensors.torch.save(flat)
+        try:
+            self.cache.write(name, hashlib.sha256(data).digest() + data)
+        except StorageError as error:
+            return f"metrics.cache: {error}"
+        return ""
+
+
+def _labels(split: Split) -> Tensor:
+    return split["label"] if isinstance(split, Memory) else split.labels
+
+
+def open_reference(config: RunConfig, data: Description) -> Reference:
+    """What a config compares generated images with; raises UserError."""
+    wanted = config.metrics.features
+    assert isinstance(data, ImageDescription), "only images are compared"
+    if data.eval_size < 6:
+        raise UserError(
+            f"metrics.features: {data.eval_size} held-out samples are too few for scores: evaluate 6 or more, "
+            f"better thousands"
+        )
+    features: Features
+    if wanted == "pixels" or data.mixture:
+        features = Pixels(data)
+    elif wanted.startswith("inception:"):
+        features = _inception(wanted.partition(":")[2])
+    else:
+        features = _classifier(wanted, data)
+    try:
+        cache = None if config.metrics.cache is None else Storage(config.metrics.cache)
+    except StorageError as error:
+        raise UserError(f"metrics.cache: {error}") from None
+    return Reference(SampleScores(features, data, config.metrics.neighbours), cache)
+
+
+def _inception(path: str) -> Inception:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"metrics.features: {path!r} cannot be read ({error.strerror}): give the path of the Inception weights of "
+            f"torch-fidelity, pt_inception-2015-12-05"
+        ) from None
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity would run whatever the pickle says
+        return Inception(path, hashlib.sha256(data).hexdigest()[:8])
+    except ImportError:
+        raise UserError("metrics.features: inception needs another package: pip install 'trainer[inception]'") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"metrics.features: {path!r} holds no Inception weights: it is no file of tensors") from None
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"metrics.features: {path!r} holds no Inception weights: {reason}") from None
+
+
+def _classifier(url: str, data: ImageDescription) -> Features:
+    try:
+        trained = open_run(url, best=True)
+    except (UserError, StorageError) as error:
+        raise UserError(f"metrics.features: {error}; train it first, or use metrics.features pixels") from None
+    known = trained.images
+    if trained.workload.generates:
+        raise UserError(f"metrics.features: {url} is no classifier: give the URL of a run that trained one")
+    network = trained.workload.inference()
+    if not any(isinstance(module, nn.Linear) for module in network.modules()):
+        raise UserError(f"metrics.features: {url} has no linear layer, whose inputs are the features: use another run")
+    name = str(trained.storage).rstrip("/").rpartition("/")[2]
+    extractor = Penultimate(network, known, f"{name}-{trained.digest[:8]}")
+    if known.channels == data.channels:
+        return extractor
+    if known.channels == 1 and data.name == "stacked_mnist":
+        return PerChannel(extractor, data.channels)
+    raise UserError(
+        f"metrics.features: {url} was trained on {known.name}, images of {known.channels} channel(s); {data.name} has "
+        f"{data.channels}: use features of such images, or metrics.features pixels"
+    )
