@@ -207,7 +207,7 @@ class HealthOptions(Options):
     """What to do when a generator collapses or does not converge."""
 
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """warn: only say so; stop: end the run; rollback: back to the best checkpoint, with other noise and a lower rate."""
+    """warn: only say so; stop: end the run; rollback: back to the best checkpoint with other noise and a lower rate."""
     rollbacks: int = Field(2, ge=1, le=100)
     """rollback only: how many times; after that the run stops."""
     lr_factor: float = Field(0.5, gt=0, le=1)
