@@ -132,7 +132,9 @@ def make(
     if checkpoint is not None:
         state.restore(checkpoint)
     limits = Limits(steps, log=Every(Fraction(3)))
-    return Engine(Boundary(runtime, state, ToyEvaluator(workload), loader, Silent(), saver, limits, 5), constant), saver
+    return Engine(
+        Boundary(runtime, state, ToyEvaluator(workload), loader, Silent(), saver, limits, 3 * BATCH, 5), constant
+    ), saver
 
 
 def weights_after(runtime: Runtime, steps: int, cut: int = 0, accumulation: int = 1) -> dict[str, Tensor]:

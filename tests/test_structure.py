@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,16 @@ def test_the_table_has_no_circle_and_names_what_exists() -> None:
 def test_every_room_has_its_tests() -> None:
     folders = {path.name for path in Path(__file__).parent.iterdir() if any(path.glob("test_*.py"))}
     assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"} <= folders
+
+
+def test_settings_can_be_read_without_torch() -> None:
+    """launch/ does so on login nodes, and the help of a command would take seconds."""
+    modules = sorted(
+        f"trainer.config.{path.stem}" for path in (ROOT / "config").glob("*.py") if path.stem != "__init__"
+    )
+    code = f"import sys, {', '.join(modules)}; print({{'torch', 'numpy', 'fsspec'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_only_the_runtime_knows_accelerate_and_the_process_group() -> None:

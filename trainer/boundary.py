@@ -46,6 +46,7 @@ class Boundary:
     tracker: Tracker
     saver: Saver
     limits: Limits
+    samples_per_step: int
     seed: int
     last_eval_step: int = -1
     metrics: Metrics = field(default_factory=dict)  # of the last evaluation
@@ -53,7 +54,6 @@ class Boundary:
 
     def __post_init__(self) -> None:
         self.workload = self.state.workload
-        self.samples_per_step = self.workload.batches_per_step * self.loader.batch_size
         self.poll_every = 1  # steps between two agreements of the ranks; the same on all of them
         self.votes = Votes()
         self.totals: Totals = {}
@@ -95,7 +95,11 @@ class Boundary:
 
     def check_health(self) -> Status | None:
         state = self.watch.verdict.state
-        return None if state == "healthy" or not self.limits.stop_when_unhealthy else state
+        if state == "healthy" or not self.limits.stop_when_unhealthy:
+            return None
+        if state == "non_finite":  # a metric, not the loss, which would have ended the run already
+            self.save()
+        return state
 
     def update_health(self, kind: str, values: Metrics) -> None:
         """Tell when the watch changes its mind; the same on every rank, since they see the same numbers."""

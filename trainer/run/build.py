@@ -99,7 +99,9 @@ class Recipe:
                 raise UserError(f"run.url: {error}: use another run.url") from None
         factor = config.health.lr_factor**rollbacks
         schedule = (lambda step: factor * self.schedule(step)) if rollbacks else self.schedule
-        boundary = Boundary(runtime, state, evaluator, loader, tracker, saver, self.limits, config.seed)
+        boundary = Boundary(
+            runtime, state, evaluator, loader, tracker, saver, self.limits, self.samples_per_step, config.seed
+        )  # fmt: skip
         return Engine(boundary, schedule, rollbacks, config.optimizer.clip_norm)
 
     def prepare_reference(self, loader: BatchLoader, runtime: Runtime) -> None:

@@ -180,11 +180,6 @@ class RunDirectory:
 
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
         """Leave pictures, outcome.json and the closing lines behind. Returns the exit code."""
-        if outcome.status == "lease_lost":  # the directory is another job's
-            self.tracker.note(f"warning: lease_lost at step {outcome.step}: {self.storage}: {outcome.reason}")
-            return exit_code(outcome.status)
-        unsaved = self.checkpoints.finish()  # before anything that might fail
-        self._draw(boundary, outcome)
         result = {
             **outcome.metrics,
             "samples_per_second": round(outcome.samples_per_second, 1),
@@ -192,6 +187,12 @@ class RunDirectory:
             "step": outcome.step,
             "run": str(self.storage),
         }
+        if outcome.status == "lease_lost":  # nothing here is ours any more
+            self.tracker.note(f"warning: {outcome.status} at step {outcome.step}: {outcome.reason}")
+            _print_result(result)
+            return exit_code(outcome.status)
+        unsaved = self.checkpoints.finish()  # before anything that might fail
+        self._draw(boundary, outcome)
         about: dict[str, Any] = {"reason": unsaved or outcome.reason, "metrics": outcome.metrics,
                                  "seconds": boundary.state.seconds}  # fmt: skip
         if self.recipe.workload.generates:
