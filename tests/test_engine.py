@@ -102,12 +102,12 @@ class ToyLoader:
     def train(self, first: int) -> Iterator[MicroBatches]:
         for k in itertools.count(first):
             ids, _ = self.plan.samples(k)
-            found = []
+            micro_batches = []
             for m, whole in enumerate(self.plan.micro_batches):
                 rows = self.plan.rows(m, self.runtime.rank, self.runtime.world)
                 mine = ids[whole][rows]
-                found.append((rows, {"image": self.points[mine], "id": mine}))
-            yield found
+                micro_batches.append((rows, {"image": self.points[mine], "id": mine}))
+            yield micro_batches
 
     def evaluate(self) -> Iterator[tuple[slice, Batch]]:
         rows = share(SAMPLES, self.runtime.rank, self.runtime.world)
@@ -132,9 +132,9 @@ def make(
     if checkpoint is not None:
         state.restore(checkpoint)
     limits = Limits(steps, log=Every(Fraction(3)))
-    return Engine(
-        Boundary(runtime, state, ToyEvaluator(workload), loader, Silent(), saver, limits, 3 * BATCH, 5), constant
-    ), saver
+    evaluator = ToyEvaluator(workload)
+    boundary = Boundary(runtime, state, evaluator, loader, Silent(), saver, limits, 3 * BATCH, seed=5)
+    return Engine(boundary, constant), saver
 
 
 def weights_after(runtime: Runtime, steps: int, cut: int = 0, accumulation: int = 1) -> dict[str, Tensor]:

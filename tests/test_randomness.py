@@ -67,15 +67,15 @@ def test_a_permutation_mixes_well() -> None:
 
 def test_uniforms_are_uniform_and_uncorrelated() -> None:
     count = 20000
-    found = uniforms(0, torch.arange(count), torch.zeros(count, dtype=torch.int64), "crop", 8)
-    assert found.dtype == torch.float64
-    assert found.shape == (count, 8)
-    assert 0 <= found.min() < 1e-3
-    assert 1 - 1e-3 < found.max() < 1
+    values = uniforms(0, torch.arange(count), torch.zeros(count, dtype=torch.int64), "crop", 8)
+    assert values.dtype == torch.float64
+    assert values.shape == (count, 8)
+    assert 0 <= values.min() < 1e-3
+    assert 1 - 1e-3 < values.max() < 1
     error = 5 / math.sqrt(count)  # five standard errors of a column
-    assert (found.mean(0) - 0.5).abs().max() < error * math.sqrt(1 / 12)
-    assert (found.var(0) - 1 / 12).abs().max() < error / 12
-    assert (torch.corrcoef(found.T) - torch.eye(8)).abs().max() < error
+    assert (values.mean(0) - 0.5).abs().max() < error * math.sqrt(1 / 12)
+    assert (values.var(0) - 1 / 12).abs().max() < error / 12
+    assert (torch.corrcoef(values.T) - torch.eye(8)).abs().max() < error
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(0, 1000), st.integers(0, 2**31 - 1))
@@ -92,8 +92,8 @@ def test_uniforms_change_with_the_seed_the_sample_the_visit_the_name_and_the_col
     def one(seed: int = 0, sample: int = 0, visit: int = 0, name: str = "a") -> list[float]:
         return uniforms(seed, torch.tensor([sample]), torch.tensor([visit]), name, 2)[0].tolist()
 
-    found = one() + one(seed=1) + one(sample=1) + one(visit=1) + one(name="b") + one(sample=1, visit=1)
-    assert len(set(found)) == 12
+    values = one() + one(seed=1) + one(sample=1) + one(visit=1) + one(name="b") + one(sample=1, visit=1)
+    assert len(set(values)) == 12
 
 
 def all_kinds(source: Draws, shape: tuple[int, ...]) -> list[Tensor]:
@@ -138,10 +138,10 @@ def test_draws_differ_by_name_step_phase_time_micro_batch_and_seed_and_repeat_ot
     scopes: list[tuple[object, ...]] = [
         (0, "critic", 0, 0), (1, "critic", 0, 0), (0, "generator", 0, 0), (0, "critic", 1, 0), (0, "critic", 0, 1),
     ]  # fmt: skip
-    found = [draws(rows, 0, scope).normal("z", [2]) for scope in scopes]
-    found += [draws(rows, 0, scopes[0]).normal("mask", [2]), draws(rows, 1, scopes[0]).normal("z", [2])]
-    assert len({tuple(value.flatten().tolist()) for value in found}) == 7
-    assert draws(rows, 0, scopes[0]).normal("z", [2]).equal(found[0])
+    values = [draws(rows, 0, scope).normal("z", [2]) for scope in scopes]
+    values += [draws(rows, 0, scopes[0]).normal("mask", [2]), draws(rows, 1, scopes[0]).normal("z", [2])]
+    assert len({tuple(value.flatten().tolist()) for value in values}) == 7
+    assert draws(rows, 0, scopes[0]).normal("z", [2]).equal(values[0])
 
 
 def test_shared_is_the_same_on_every_rank_and_differs_by_name_and_step() -> None:

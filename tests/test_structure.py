@@ -45,7 +45,7 @@ ROOMS = {  # who may import whom, from the bottom up; a file of the root is a ro
 
 def imports(file: Path) -> set[str]:
     """The parts of `trainer` that a file imports anywhere, each by its first name."""
-    found: set[str] = set()
+    parts: set[str] = set()
     package = ["trainer", *file.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -56,8 +56,8 @@ def imports(file: Path) -> set[str]:
             names = [[*base, alias.name] for alias in node.names] if len(base) < 2 else [base]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "trainer" and len(name) > 1}
-    return found - {"__version__"}
+        parts |= {name[1] for name in names if name[0] == "trainer" and len(name) > 1}
+    return parts - {"__version__"}
 
 
 def room(file: Path) -> str:
@@ -115,8 +115,8 @@ FORBIDDEN = re.compile(
 def test_workloads_take_no_randomness_but_from_draws() -> None:
     for file in sorted((ROOT / "workloads").glob("*.py")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            found = FORBIDDEN.search(line.replace("nn.init.", "init "))  # initial weights come from the seed
-            assert found is None, f"{file.name}:{number}: {line.strip()}: use Draws"
+            match = FORBIDDEN.search(line.replace("nn.init.", "init "))  # initial weights come from the seed
+            assert match is None, f"{file.name}:{number}: {line.strip()}: use Draws"
 
 
 @pytest.mark.parametrize(

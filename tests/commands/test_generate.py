@@ -106,8 +106,8 @@ def test_a_run_shows_its_samples_over_time_and_at_the_end(name: str, trained: Fi
 
 def test_the_end_is_shown_even_where_the_interval_does_not_meet_it(tmp_path: Path) -> None:
     run([*words("dcgan", "run", 6), "--samples.every", "5 steps"], tmp_path)
-    found = sorted(path.name for path in (tmp_path / "run" / "samples").glob("step-*"))
-    assert found == ["step-00000005.png", "step-00000006.png"]
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").glob("step-*"))
+    assert names == ["step-00000005.png", "step-00000006.png"]
 
 
 def test_the_latents_are_always_the_same(trained: Finished, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_the_best_checkpoint_is_kept_and_can_be_asked_for(trained: Finished) -> 
         saved = {int(path.parent.name[5:]) for path in run_folder.glob("checkpoints/*/MANIFEST.json")}
         assert {best, STEPS} <= saved
         assert len(saved) <= 2  # with the newest one also the best, the one that was best before may be left
-        found = json.loads(run(["evaluate", name, "--best"], trained.folder).splitlines()[-1])
-        assert (found["step"], found["fid@pixels"]) == (best, pytest.approx(fids[best], rel=1e-6))
+        metrics = json.loads(run(["evaluate", name, "--best"], trained.folder).splitlines()[-1])
+        assert (metrics["step"], metrics["fid@pixels"]) == (best, pytest.approx(fids[best], rel=1e-6))
 
 
 # W&B
@@ -175,8 +175,8 @@ def test_pictures_of_several_steps_and_an_alert_reach_wandb(tmp_path: Path) -> N
     shown = {row["_step"] for row in stored.rows if any(name.startswith("pictures/samples") for name in row)}
     assert len(shown) >= 2
     (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
-    found = map(Record.FromString, chunks(path.read_bytes()))
-    (alert,) = [record.alert for record in found if record.HasField("alert")]
+    messages = map(Record.FromString, chunks(path.read_bytes()))
+    (alert,) = [record.alert for record in messages if record.HasField("alert")]
     assert alert.title == "convergence_failure"
     assert alert.text.startswith(f"step {WON}: the discriminator has won: ")
 
@@ -185,11 +185,11 @@ def test_pictures_of_several_steps_and_an_alert_reach_wandb(tmp_path: Path) -> N
 
 
 def test_samples_are_files_of_the_size_of_the_data(trained: Finished, tmp_path: Path) -> None:
-    found = sampled(trained, tmp_path, "dcgan", "--count", 5)
-    assert len(found) == 5
-    assert pixels(found).shape == (5, 8, 8, 3)
+    images = sampled(trained, tmp_path, "dcgan", "--count", 5)
+    assert len(images) == 5
+    assert pixels(images).shape == (5, 8, 8, 3)
     assert sorted(path.name for path in (tmp_path / "out0").iterdir()) == [f"{i:05d}.png" for i in range(5)]
-    assert len(set(found)) == 5
+    assert len(set(images)) == 5
 
 
 def test_samples_are_a_function_of_the_seed_and_their_number(trained: Finished, tmp_path: Path) -> None:
@@ -233,12 +233,12 @@ def test_truncated_samples_vary_less(name: str, trained: Finished, tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def bucket(trained: Finished, s3_server: Mapping[str, str]) -> s3fs.S3FileSystem:
-    found = s3fs.S3FileSystem(
+    metrics = s3fs.S3FileSystem(
         key=s3_server["AWS_ACCESS_KEY_ID"], secret=s3_server["AWS_SECRET_ACCESS_KEY"],
         endpoint_url=s3_server["AWS_ENDPOINT_URL"], use_listings_cache=False,
     )  # fmt: skip
-    found.put(trained.url("dcgan"), "s3://warm-up/generate/dcgan", recursive=True)
-    return found
+    metrics.put(trained.url("dcgan"), "s3://warm-up/generate/dcgan", recursive=True)
+    return metrics
 
 
 def test_a_checkpoint_on_s3_gives_its_samples_to_s3(
@@ -254,7 +254,7 @@ def test_a_checkpoint_on_s3_gives_its_samples_to_s3(
 
 
 @pytest.mark.parametrize(
-    ("given", "mistake"),
+    ("words", "mistake"),
     [
         (["{biggan}", "--class", "class 33"],
          "--class: 'class 33' is not known; classes of fake: class 3, class 4, class 2"),
@@ -271,11 +271,11 @@ def test_a_checkpoint_on_s3_gives_its_samples_to_s3(
         (["{dcgan}", "--count", "few"], "sample: argument --count: invalid int value: 'few'; see --help"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_sampled_is_one_line(given: list[str], mistake: str, trained: Finished, tmp_path: Path) -> None:
+def test_what_cannot_be_sampled_is_one_line(words: list[str], mistake: str, trained: Finished, tmp_path: Path) -> None:
     urls = {name: trained.url(name) for name in trained.results}
     saved = sorted(int(p.parent.name[5:]) for p in trained.folder.glob("dcgan/checkpoints/*/MANIFEST.json"))
     urls["steps"] = ", ".join(map(str, saved))
-    assert refused(["sample", *(word.format(**urls) for word in given)], tmp_path, 1) == mistake.format(**urls)
+    assert refused(["sample", *(word.format(**urls) for word in words)], tmp_path, 1) == mistake.format(**urls)
 
 
 def test_a_classifier_generates_nothing_and_a_gan_labels_nothing(trained: Finished, tmp_path: Path) -> None:
@@ -299,14 +299,14 @@ def test_samples_that_cannot_be_written_are_one_line(trained: Finished, tmp_path
 
 @pytest.mark.parametrize(("name", "world"), [("dcgan", 1), ("dcgan", 2), ("biggan", 1), ("infogan", 1), ("points", 2)])
 def test_evaluating_gives_the_metrics_that_training_ended_with(name: str, world: int, trained: Finished) -> None:
-    found = json.loads(run(["evaluate", name], trained.folder, world).splitlines()[-1])
+    metrics = json.loads(run(["evaluate", name], trained.folder, world).splitlines()[-1])
     expected = outcome(trained.folder / name)["metrics"]
     assert {"kid", "coverage", "fid_floor", "spacing"} <= {metric.partition("@")[0] for metric in expected}
     for metric, value in expected.items():
-        assert found[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
+        assert metrics[metric] == pytest.approx(value, rel=1e-5, abs=1e-6), metric
         if world == 1:
-            assert found[metric] == value, metric
-    assert (found["step"], found["samples"]) == (STEPS, 80 if name == "points" else 16)
+            assert metrics[metric] == value, metric
+    assert (metrics["step"], metrics["samples"]) == (STEPS, 80 if name == "points" else 16)
 
 
 # export
@@ -336,15 +336,15 @@ def test_an_exported_generator_gives_the_same_images_for_any_batch(
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     names = ["latents", "labels"] if name == "biggan" else ["latents"]
     for count in (1, 5):
-        given = inputs(name, count)
+        example = inputs(name, count)
         with torch.no_grad():
-            images = network(*given)
+            images = network(*example)
             assert images.shape == (count, 3, 8, 8)
-            assert torch.equal(fresh(*given), images)
-            torch.testing.assert_close(program(*given), images, atol=1e-5, rtol=0)
-        feed = {n: t.numpy() for n, t in zip(names, given, strict=True)}
-        (found,) = session.run(["images"], feed)
-        torch.testing.assert_close(torch.from_numpy(found), images, atol=1e-5, rtol=0)
+            assert torch.equal(fresh(*example), images)
+            torch.testing.assert_close(program(*example), images, atol=1e-5, rtol=0)
+        feed = {n: t.numpy() for n, t in zip(names, example, strict=True)}
+        (output,) = session.run(["images"], feed)
+        torch.testing.assert_close(torch.from_numpy(output), images, atol=1e-5, rtol=0)
     about = json.loads((tmp_path / "out" / "config.json").read_text())
     assert about["workload"]["name"] == name
     assert about["input"]["shapes"] == [["batch", *tensor.shape[1:]] for tensor in inputs(name, 2)]

@@ -59,9 +59,9 @@ def train(count: int = 4, first: int = 0, **settings: Any) -> list[Global]:
     return joined([make(**settings)], first, count)
 
 
-def assert_same(found: list[Global], expected: list[Global]) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_same(actual: list[Global], expected: list[Global]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert {name: a[name].equal(b[name]) for name in b} == {"image": True, "label": True, "id": True}
 
 
@@ -217,16 +217,16 @@ def test_a_policy_changes_training_only_and_leaves_evaluation_resident() -> None
     loader = make(name="digits", policy="trivial")
     assert [part is not None for part in loader.resident] == [False, True]
     plain = make(name="digits")
-    for (_, found), (_, expected) in zip(loader.evaluate(), plain.evaluate(), strict=True):
-        assert found["image"].equal(expected["image"])
+    for (_, actual), (_, expected) in zip(loader.evaluate(), plain.evaluate(), strict=True):
+        assert actual["image"].equal(expected["image"])
 
 
 @pytest.mark.parametrize("resident", ["yes", "no"])
 def test_pixels_are_held_out_images_as_a_person_sees_them(resident: str) -> None:
     loader = make(name="digits", resident=resident, **AUGMENTED)
     assert isinstance(loader.data.held_out, Memory)
-    found = loader.pixels(iter([3, 598, 0]))
-    assert found.equal(loader.data.held_out["image"][[3, 598, 0]].float() / 255)
+    actual = loader.pixels(iter([3, 598, 0]))
+    assert actual.equal(loader.data.held_out["image"][[3, 598, 0]].float() / 255)
 
 
 # Images that cannot be read.

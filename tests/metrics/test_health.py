@@ -174,10 +174,10 @@ def test_a_null_of_the_metric_log_is_a_value_that_was_not_finite() -> None:
 
 def test_three_evaluations_in_a_row_above_one_and_a_half_times_the_best_fid_are_divergence() -> None:
     # DCGAN on CIFAR-10 as StudioGAN published it: 49.0 at its best, 137.4 at its end.
-    found = verdicts(evaluations(fid=[210.0, 90.0, 49.0, 74.0, 73.0, 76.0, 90.0, 137.4]))
-    assert [verdict.state for verdict in found] == ["healthy"] * 7 + ["diverged"]
-    assert found[-1].step == 8000
-    assert found[-1].reason == "the FID is 137.4, above 1.5 times 49 at best (3 evaluations in a row)"
+    reached = verdicts(evaluations(fid=[210.0, 90.0, 49.0, 74.0, 73.0, 76.0, 90.0, 137.4]))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 7 + ["diverged"]
+    assert reached[-1].step == 8000
+    assert reached[-1].reason == "the FID is 137.4, above 1.5 times 49 at best (3 evaluations in a row)"
 
 
 def test_divergence_needs_a_best_and_three_evaluations_after_it() -> None:
@@ -186,9 +186,9 @@ def test_divergence_needs_a_best_and_three_evaluations_after_it() -> None:
 
 
 def test_divergence_passes_after_as_many_good_evaluations_as_it_took() -> None:
-    found = verdicts(evaluations(fid=[100.0, 10.0, 20.0, 20.0, 20.0, 11.0, 11.0, 20.0, 11.0, 11.0, 11.0]))
-    assert [verdict.state for verdict in found] == ["healthy"] * 4 + ["diverged"] * 6 + ["healthy"]
-    assert found[-1] == Verdict("healthy", 11000, "diverged since step 5000 is over")
+    reached = verdicts(evaluations(fid=[100.0, 10.0, 20.0, 20.0, 20.0, 11.0, 11.0, 20.0, 11.0, 11.0, 11.0]))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 4 + ["diverged"] * 6 + ["healthy"]
+    assert reached[-1] == Verdict("healthy", 11000, "diverged since step 5000 is over")
 
 
 def test_near_the_floor_of_the_fid_a_ratio_is_noise() -> None:
@@ -217,15 +217,15 @@ def test_a_risen_fid_with_less_recall_is_mode_collapse_where_precision_held_and_
 
 def test_a_divergence_that_narrows_later_becomes_mode_collapse() -> None:
     fid, diversity = [200.0] + [50.0] + [100.0] * 6, [0.5, 0.8] + [0.7] * 3 + [0.2] * 3
-    found = states(evaluations(fid=fid, diversity=diversity))
-    assert found == ["healthy"] * 4 + ["diverged"] * 3 + ["mode_collapse"]
+    reached = states(evaluations(fid=fid, diversity=diversity))
+    assert reached == ["healthy"] * 4 + ["diverged"] * 3 + ["mode_collapse"]
 
 
 def test_fakes_that_are_all_alike_are_mode_collapse_after_the_first_evaluations() -> None:
-    found = verdicts(evaluations(diversity=[0.05] * 6))
-    assert [verdict.state for verdict in found] == ["healthy"] * 4 + ["mode_collapse"] * 2
-    assert found[-1].step == 5000  # the verdict stays as it was reached
-    assert "0.05 times as wide" in found[-1].reason
+    reached = verdicts(evaluations(diversity=[0.05] * 6))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 4 + ["mode_collapse"] * 2
+    assert reached[-1].step == 5000  # the verdict stays as it was reached
+    assert "0.05 times as wide" in reached[-1].reason
     assert set(states(evaluations(diversity=[0.05] * 4 + [0.3] * 6))) == {"healthy"}
 
 
@@ -235,9 +235,9 @@ def test_a_late_collapse_is_told_with_every_value_logged() -> None:
         lost = {"fid@digits": 180.0, "recall@digits": 0.01, "coverage@digits": 0.05, "diversity": 0.1, "spacing": 0.1}
         return {**values, **lost} if done > 0.7 else values
 
-    found = verdicts(run(dcgan, collapsing))
-    assert {verdict.state for verdict in found} == {"healthy", "mode_collapse"}
-    assert found[-1].step == 17_000  # the third evaluation after 14,000
+    reached = verdicts(run(dcgan, collapsing))
+    assert {verdict.state for verdict in reached} == {"healthy", "mode_collapse"}
+    assert reached[-1].step == 17_000  # the third evaluation after 14,000
 
 
 def test_a_late_divergence_is_told_with_every_value_logged() -> None:
@@ -252,9 +252,9 @@ def test_a_latent_of_size_one_is_mode_collapse_by_its_spacing() -> None:
     """A curve of fakes: nearly as diverse as the data and ever closer to it, but each fake has a twin."""
     count = 8
     falling = [300 - 20.0 * i for i in range(count)]
-    found = verdicts(evaluations(fid=falling, diversity=[0.7] * count, spacing=[0.2] * count))
-    assert [verdict.state for verdict in found] == ["healthy"] * 4 + ["mode_collapse"] * 4
-    assert "0.2 times as far apart" in found[-1].reason
+    reached = verdicts(evaluations(fid=falling, diversity=[0.7] * count, spacing=[0.2] * count))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 4 + ["mode_collapse"] * 4
+    assert "0.2 times as far apart" in reached[-1].reason
     assert set(states(evaluations(fid=falling, diversity=[0.7] * count, spacing=[0.4] * count))) == {"healthy"}
 
 
@@ -270,9 +270,9 @@ def test_a_latent_of_size_one_is_mode_collapse_by_its_recall_and_coverage() -> N
 
 
 def test_a_discriminator_that_wins_at_once_is_a_convergence_failure() -> None:
-    found = verdicts(trained(30, discriminator_accuracy=0.9999, discriminator_loss=0.003, generator_loss=7.5))
-    assert [verdict.state for verdict in found] == ["healthy"] * 9 + ["convergence_failure"] * 21
-    assert found[-1] == Verdict(
+    reached = verdicts(trained(30, discriminator_accuracy=0.9999, discriminator_loss=0.003, generator_loss=7.5))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 9 + ["convergence_failure"] * 21
+    assert reached[-1] == Verdict(
         "convergence_failure",
         1000,
         "the discriminator has won: accuracy 0.9999, loss 0.003, the generator's 7.5 (10 records in a row)",
@@ -303,8 +303,8 @@ def test_a_generator_that_comes_back_ends_the_failure_but_only_for_good() -> Non
     lost = {"discriminator_accuracy": 1.0, "discriminator_loss": 0.0}
     fair = {"discriminator_accuracy": 0.8, "discriminator_loss": 0.6}
     rows = [lost] * 10 + [fair] * 9 + [lost] + [fair] * 10
-    found = states([(LOG * i, "train", row) for i, row in enumerate(rows, start=1)])
-    assert found == ["healthy"] * 9 + ["convergence_failure"] * 20 + ["healthy"]
+    reached = states([(LOG * i, "train", row) for i, row in enumerate(rows, start=1)])
+    assert reached == ["healthy"] * 9 + ["convergence_failure"] * 20 + ["healthy"]
 
 
 @pytest.mark.parametrize("k", [0.0, 1.0])
@@ -312,24 +312,24 @@ def test_a_pinned_k_of_began_is_a_convergence_failure(k: float) -> None:
     def pinned(done: float, chance: random.Random) -> dict[str, float]:
         return {**began(done, chance), "k": k}
 
-    found = verdicts(run(pinned, None))
-    assert found[-1] == Verdict(
+    reached = verdicts(run(pinned, None))
+    assert reached[-1] == Verdict(
         "convergence_failure", 2000, f"BEGAN's k is pinned at {k:.0f} and balances nothing (20 records in a row)"
     )
 
 
 def test_a_convergence_of_began_that_does_not_fall_is_a_failure_until_it_does() -> None:
     rows = [0.3] * 30 + [0.1] * 40
-    found = verdicts([(LOG * i, "train", {"k": 0.1, "convergence": value}) for i, value in enumerate(rows, start=1)])
-    assert [verdict.state for verdict in found[:21]] == ["healthy"] * 20 + ["convergence_failure"]
-    assert found[20].reason == "BEGAN's convergence is 0.3, still above 0.9 times 0.3"
-    assert found[-1].state == "healthy"
+    reached = verdicts([(LOG * i, "train", {"k": 0.1, "convergence": value}) for i, value in enumerate(rows, start=1)])
+    assert [verdict.state for verdict in reached[:21]] == ["healthy"] * 20 + ["convergence_failure"]
+    assert reached[20].reason == "BEGAN's convergence is 0.3, still above 0.9 times 0.3"
+    assert reached[-1].state == "healthy"
 
 
 def test_a_fid_that_never_falls_is_a_convergence_failure_until_it_does() -> None:
-    found = verdicts(evaluations(fid=[300.0, 310.0, 290.0, 280.0, 306.0, 300.0, 200.0]))
-    assert [verdict.state for verdict in found] == ["healthy"] * 4 + ["convergence_failure"] * 2 + ["healthy"]
-    assert found[4].reason == "the best FID is 280, still above 0.9 times 300"
+    reached = verdicts(evaluations(fid=[300.0, 310.0, 290.0, 280.0, 306.0, 300.0, 200.0]))
+    assert [verdict.state for verdict in reached] == ["healthy"] * 4 + ["convergence_failure"] * 2 + ["healthy"]
+    assert reached[4].reason == "the best FID is 280, still above 0.9 times 300"
 
 
 @pytest.mark.parametrize(("shuffled", "state"), [(42.9, "healthy"), (10.0, "convergence_failure")])
@@ -341,11 +341,11 @@ def test_a_fid_that_is_good_from_the_first_need_not_fall(shuffled: float, state:
 
 def test_the_gravest_of_several_states_is_the_verdict_and_the_next_one_follows_it() -> None:
     fid, diversity = [10.0] + [100.0] * 11, [0.9] * 3 + [0.1] * 3 + [0.9] * 6
-    found = states(evaluations(fid=fid, diversity=diversity))
-    assert found[3] == "diverged"
-    assert found[4] == "convergence_failure"  # the first FID is the best
-    assert found[5] == "mode_collapse"
-    assert found[-1] == "convergence_failure"
+    reached = states(evaluations(fid=fid, diversity=diversity))
+    assert reached[3] == "diverged"
+    assert reached[4] == "convergence_failure"  # the first FID is the best
+    assert reached[5] == "mode_collapse"
+    assert reached[-1] == "convergence_failure"
 
 
 def test_of_several_feature_extractors_the_first_by_name_counts_in_any_order() -> None:

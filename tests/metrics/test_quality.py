@@ -114,15 +114,15 @@ class Same(nn.Identity):
 
 
 def library_scores(real: Tensor, fake: Tensor) -> dict[str, float]:
-    found = {}
+    values = {}
     fid = FrechetInceptionDistance(Same(real.shape[1]), normalize=True).set_dtype(torch.float64)
     kid = KernelInceptionDistance(Same(real.shape[1]), subsets=1, subset_size=len(real), normalize=True)
     for name, metric in (("fid", fid), ("kid", kid)):
         metric.update(real.double(), real=True)
         metric.update(fake.double(), real=False)
         value = metric.compute()
-        found[name] = float(value[0] if name == "kid" else value)
-    return found
+        values[name] = float(value[0] if name == "kid" else value)
+    return values
 
 
 def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, float]:
@@ -143,9 +143,9 @@ def neighbour_scores(real: Tensor, fake: Tensor) -> dict[str, float]:
     }
 
 
-def check(found: dict[str, float], label: str, expected: dict[str, float]) -> None:
+def check(actual: dict[str, float], label: str, expected: dict[str, float]) -> None:
     for name, value in expected.items():
-        assert found[f"{name}@{label}"] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+        assert actual[f"{name}@{label}"] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +174,19 @@ def evaluated(runtime: Runtime, good: tuple[Engine, DataSet], features: str) -> 
 def test_scores_in_pixels_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet]
 ) -> None:
-    found, _ = evaluated(runtime, good, "pixels")
+    values, _ = evaluated(runtime, good, "pixels")
     real, fake = (images.flatten(1) * 2 - 1 for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT)))
     assert real.shape == fake.shape == (COUNT, 64)
     expected = {**library_scores(real, fake), **neighbour_scores(real, fake)}
     assert all(value > 0 for value in expected.values()), expected  # else little would be compared
-    check(found, "pixels", expected)
-    assert not any(name.startswith("is@") for name in found)  # pixels have no classes
+    check(values, "pixels", expected)
+    assert not any(name.startswith("is@") for name in values)  # pixels have no classes
 
 
 def test_scores_in_the_features_of_a_classifier_are_those_of_the_library_over_all_images(
     runtime: Runtime, good: tuple[Engine, DataSet], classifier: str
 ) -> None:
-    found, scores = evaluated(runtime, good, classifier)
+    values, scores = evaluated(runtime, good, classifier)
     (real, reals), (fake, fakes) = (
         seen_by(classifier, images) for images in (reals_of(good[1]), fakes_of(good[0].workload, COUNT))
     )
@@ -197,13 +197,13 @@ def test_scores_in_the_features_of_a_classifier_are_those_of_the_library_over_al
     expected["is"] = float(score.compute()[0])
     shares = [torch.bincount(p.argmax(1), minlength=10).double() / COUNT for p in (fakes, reals)]
     expected["class_kl"] = float(F.kl_div(shares[1].log(), shares[0], reduction="sum"))
-    check(found, scores.features.label, expected)
+    check(values, scores.features.label, expected)
 
 
 def test_controls_stand_beside_the_scores(runtime: Runtime) -> None:
     """As many training images are close to the held-out ones; pieces of these in another order are not."""
-    found = scores(runtime, {"metrics": {"features": "pixels"}, "count": None})
-    floor, shuffled = found["fid_floor@pixels"], found["fid_shuffled@pixels"]
+    metrics = scores(runtime, {"metrics": {"features": "pixels"}, "count": None})
+    floor, shuffled = metrics["fid_floor@pixels"], metrics["fid_shuffled@pixels"]
     assert 0 < floor < 1
     assert shuffled > 20 * floor
     data = open_run_data(configure({}, count=None))
@@ -226,8 +226,8 @@ def test_scores_are_the_same_on_any_number_of_ranks_and_in_batches_of_any_size(k
         "fid", "kid", "precision", "recall", "density", "coverage", "fid_floor", "fid_shuffled", "diversity", "spacing",
     }  # fmt: skip
     for world, batch in ((1, 7), (2, 7), (3, 500), (3, 7)):
-        for found in on_ranks(world, scores, {**config, "batch": batch}, True):
-            assert found == pytest.approx(alone, rel=1e-6, abs=1e-9), (world, batch)
+        for sharded in on_ranks(world, scores, {**config, "batch": batch}, True):
+            assert sharded == pytest.approx(alone, rel=1e-6, abs=1e-9), (world, batch)
 
 
 # Labels
@@ -398,10 +398,10 @@ def test_the_held_out_points_themselves_have_all_modes(kind: str, count: int) ->
     """Of a Gaussian in the plane, 1 - exp(-9/2) = 98.9 % lie within three deviations."""
     data, known = mixture(kind)
     points = data.held_out["image"].flatten(1) / 127.5 - 1  # type: ignore[union-attr]
-    found = mode_scores(points, known)
-    assert len(known.centres) == found["modes"] == count
-    assert found["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.008)
-    assert found["reverse_kl"] < 3 * (count - 1) / (2 * len(points))  # three times that of a sample of equal modes
+    scored = mode_scores(points, known)
+    assert len(known.centres) == scored["modes"] == count
+    assert scored["high_quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.008)
+    assert scored["reverse_kl"] < 3 * (count - 1) / (2 * len(points))  # three times that of a sample of equal modes
 
 
 def test_modes_of_points_made_by_hand() -> None:
@@ -421,13 +421,13 @@ def test_modes_of_points_made_by_hand() -> None:
 
 def test_an_evaluation_of_points_counts_modes(runtime: Runtime) -> None:
     workload = {"name": "gan", "width": 8, "layers": 2, "latent": 2}
-    found = scores(runtime, {"metrics": {}, "workload": workload, "data": {"name": "ring8"}})
-    assert found["modes"] == 0  # of an untrained generator
-    assert found["high_quality"] == 0
-    assert 0 < found["reverse_kl"] <= math.log(8)
-    assert {"fid@points", "precision@points"} <= found.keys()
-    assert found["fid_floor@points"] > 1e-5  # two samples are not alike, which the watch must know
-    assert not any(name.startswith("fid_shuffled") for name in found)
+    metrics = scores(runtime, {"metrics": {}, "workload": workload, "data": {"name": "ring8"}})
+    assert metrics["modes"] == 0  # of an untrained generator
+    assert metrics["high_quality"] == 0
+    assert 0 < metrics["reverse_kl"] <= math.log(8)
+    assert {"fid@points", "precision@points"} <= metrics.keys()
+    assert metrics["fid_floor@points"] > 1e-5  # two samples are not alike, which the watch must know
+    assert not any(name.startswith("fid_shuffled") for name in metrics)
 
 
 class Brightness(nn.Module):
@@ -453,9 +453,9 @@ def test_modes_of_stacked_digits_are_the_digits_of_their_channels() -> None:
     images = (digits / 9 * 2 - 1)[:, :, None, None].expand(-1, -1, 4, 4)
     assert features.modes == 1000
     assert torch.equal(features.mode_of(images), numbers)
-    found, classes = features(images)
+    shades, classes = features(images)
     assert classes is None
-    torch.testing.assert_close(found, digits / 9)
+    torch.testing.assert_close(shades, digits / 9)
 
 
 def test_an_evaluation_of_stacked_digits_counts_what_our_own_classifier_sees(
@@ -471,8 +471,8 @@ def test_an_evaluation_of_stacked_digits_counts_what_our_own_classifier_sees(
     assert parts.reference
     features = parts.reference.scores.features
     assert isinstance(features, PerChannel)
-    found = features.mode_of(fakes_of(engine.workload, COUNT) * 2 - 1)
-    counts = torch.bincount(found, minlength=1000).double()
+    digits = features.mode_of(fakes_of(engine.workload, COUNT) * 2 - 1)
+    counts = torch.bincount(digits, minlength=1000).double()
     shares = counts[counts > 0] / COUNT
     assert metrics["modes"] == (counts > 0).sum()
     assert metrics["high_quality"] == 1

@@ -68,10 +68,10 @@ def test_a_run_stopped_three_times_ends_as_the_run_left_alone(
     run(RUN, tmp_path, world)
     assert stopped >= 2, "the run was over before it could be stopped"
     expected = final_tensors(uninterrupted[world])
-    found = final_tensors(tmp_path / "run")
-    assert expected.keys() == found.keys()
+    actual = final_tensors(tmp_path / "run")
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, actual[name]), name
     assert records(tmp_path / "run") == records(uninterrupted[world])
     assert outcome(tmp_path / "run")["status"] == "done"
 

@@ -70,10 +70,10 @@ def trained(folder: Path) -> list[dict[str, Any]]:
 
 def same(a: Path, b: Path) -> None:
     """Two runs that ended bit for bit alike."""
-    expected, found = final_tensors(a), final_tensors(b)
-    assert expected.keys() == found.keys()
+    expected, actual = final_tensors(a), final_tensors(b)
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, actual[name]), name
     assert records(a) == records(b)
     assert rollbacks(a) == rollbacks(b)
     one, other = outcome(a), outcome(b)

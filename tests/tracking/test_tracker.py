@@ -105,9 +105,9 @@ def test_a_value_that_is_not_finite_is_still_valid_json(storage: Storage) -> Non
         raise AssertionError(word)
 
     assert json.loads(line, parse_constant=refuse)["loss"] is None
-    (found,) = log.read(0)
-    assert math.isnan(found["loss"])
-    assert found["step"] == 1
+    (record,) = log.read(0)
+    assert math.isnan(record["loss"])
+    assert record["step"] == 1
 
 
 def test_every_record_is_on_the_local_disk_at_once(tmp_path: Path) -> None:

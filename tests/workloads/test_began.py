@@ -14,9 +14,9 @@ DATA = ImageDescription("noise", 16, 8, 1, 8, ("a", "b"), (0.5,), (0.25,))
 
 
 def began(**options: float | str) -> Began:
-    found = build(Options.model_validate({"width": 2, "latent": 4, **options}), DATA, OptimizerOptions())
-    assert isinstance(found, Began)
-    return found
+    workload = build(Options.model_validate({"width": 2, "latent": 4, **options}), DATA, OptimizerOptions())
+    assert isinstance(workload, Began)
+    return workload
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -113,10 +113,10 @@ def test_the_world_size_changes_nothing(case: str, world: int, alone: dict[str, 
     if case not in alone:
         (alone[case],) = on_ranks(1, trained, case)
     weights, _, metrics = alone[case]
-    for whole, resumed, found in on_ranks(world, trained, case):
+    for whole, resumed, sharded_metrics in on_ranks(world, trained, case):
         assert difference(weights, whole) < 1e-9
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-        assert found == pytest.approx(metrics, rel=1e-6, abs=1e-9)
+        assert sharded_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
 def phase_by_phase(runtime: Runtime, case: str) -> list[tuple[set[str], set[str]]]:

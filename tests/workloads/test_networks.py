@@ -220,8 +220,8 @@ def test_the_report_counts_every_sample_once_whatever_the_batches() -> None:
     ids = torch.tensor([5, 3, 0, 7, 1, 2, 6, 4])
     totals: dict[str, Tensor] = {}
     for rows in (slice(0, 3), slice(3, 4), slice(4, 8)):
-        found = evaluator.totals({"image": x[ids[rows]], "label": labels[ids[rows]], "id": ids[rows]}, draws())
-        totals = {name: totals.get(name, torch.zeros(())) + value for name, value in found.items()}
+        sums = evaluator.totals({"image": x[ids[rows]], "label": labels[ids[rows]], "id": ids[rows]}, draws())
+        totals = {name: totals.get(name, torch.zeros(())) + value for name, value in sums.items()}
     logits = workload.network(x)
     report = evaluator.report(totals)
     assert report["accuracy"] == float((logits.argmax(1) == labels).double().mean())
