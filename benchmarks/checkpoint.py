@@ -73,7 +73,7 @@ class Saves:
         tracker = Tracker(MetricLog(storage), run.tracker.console)
         self.run, self.store = run, CheckpointStore(storage.at("checkpoints"))
         self.checkpoints = Checkpoints(
-            self.store, Lease(storage), tracker, run.engine.boundary.evaluator, keep=3, keep_every=NEVER,
+            self.store, Lease(storage), tracker, headline="accuracy", maximise=True, keep=3, keep_every=NEVER,
             saved=lambda seconds: None, rescue=Path("runs") / "benchmark-rescued",
         )  # fmt: skip
         self.blocked: list[float] = []  # seconds

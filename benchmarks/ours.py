@@ -86,7 +86,8 @@ def ours(data: str, settings: Mapping[str, Any]) -> Iterator[Ours]:
         tempfile.TemporaryDirectory(prefix="benchmark-run-") as folder,
         Runtime(process, device="cpu", precision=config.precision, batch_norm=config.batch_norm, threads=1) as runtime,
     ):
-        loader = parts.prepare_workload(runtime)
+        parts.prepare_workload(runtime)
+        loader = parts.open_loader(runtime)
         log = MetricLog(Storage(folder))
         log.rewind(0)
         tracker = Tracker(log, Console(None, stream=io.StringIO())) if runtime.main else Silent()

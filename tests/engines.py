@@ -34,7 +34,9 @@ def engine_of(
 ) -> tuple[Engine, Recipe]:  # fmt: skip
     """The engine of a config, ready to train."""
     parts = recipe(config, runtime.world)
-    loader = parts.prepare_workload(runtime)
+    parts.check()
+    parts.prepare_workload(runtime)
+    loader = parts.open_loader(runtime)
     parts.prepare_reference(loader, runtime)
     return parts.engine(runtime, loader, Silent(), saver or Keep(), checkpoint=checkpoint), parts
 

@@ -16,6 +16,7 @@ from .distributed.runtime import Runtime, Votes
 from .evaluation import evaluate
 from .metrics.evaluator import Evaluator, Totals
 from .metrics.health import HEALTHY, Verdict, Watch
+from .nn.row_state import fresh_rows
 from .randomness import Draws
 from .schedule import Limits
 from .services import Loader, Metrics, Saver, Tracker
@@ -102,7 +103,7 @@ class Boundary:
         return state
 
     def update_health(self, kind: str, values: Metrics) -> None:
-        """Tell when the watch changes its mind; the same on every rank, since they see the same numbers."""
+        """Report a new verdict of the watch; the same on every rank, since they see the same numbers."""
         before = self.watch.verdict
         if (verdict := self.watch.observe(self.state.step, kind, values)) != before:
             self.tracker.health(verdict)
@@ -155,7 +156,7 @@ class Boundary:
         self.clock.start()
         if self.runtime.main:
             self.workload.eval()
-            with self.runtime.autocast():
+            with self.runtime.autocast(), fresh_rows(self.workload, self.limits.sample_count):
                 samples = self.workload.samples(self.fixed_draws())
             self.workload.train()
             if samples is not None:
@@ -167,7 +168,7 @@ class Boundary:
         return Draws(self.seed, ("samples",), slice(0, self.limits.sample_count), runtime.device, runtime.dtype)
 
     def save(self) -> Status | None:
-        """Snapshot at this boundary; writing goes on in the background."""
+        """Snapshot at this boundary; it is written in the background."""
         if self.saved_step == self.state.step:
             return None
         self.clock.start()
@@ -181,8 +182,11 @@ class Boundary:
         return None
 
     def outcome(self, status: Status) -> Outcome:
-        signal = next(filter(None, self.runtime.gather(self.runtime.signalled)), "a signal")
-        if status == "preempted" and self.runtime.deadline.is_time_limit(signal):
+        asked = self.runtime.gather((self.runtime.signalled, self.saver.lease_lost))
+        signal = next((name for name, _ in asked if name), "a signal")
+        if any(lost for _, lost in asked):  # perhaps since the last vote: then not even the last save was made
+            status = "lease_lost"
+        elif status == "preempted" and self.runtime.deadline.is_time_limit(signal):
             status = "time_limit"
         health = self.watch.verdict
         reason = REASONS.get(status, health.reason).format(signal=signal)

@@ -8,7 +8,7 @@ import torch
 
 from .distributed.runtime import Runtime
 from .metrics.evaluator import Evaluator, Totals
-from .nn.row_state import RowState
+from .nn.row_state import fresh_rows
 from .randomness import Draws
 from .services import Loader, Metrics
 from .workload import Workload
@@ -22,8 +22,7 @@ def evaluate(
     totals: Totals = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.averaged(runtime.per_rank_buffers(workload)))
-        for state in (module for module in workload.modules() if isinstance(module, RowState)):
-            stack.enter_context(state.fresh(loader.evaluation_rows))
+        stack.enter_context(fresh_rows(workload, loader.evaluation_rows))
         workload.eval()
         stack.callback(workload.train)
         for rows, batch in loader.evaluate():

@@ -60,7 +60,7 @@ NEVER = Every(None)
 
 @dataclass(frozen=True)
 class Limits:
-    """When things happen, in steps or in seconds of training."""
+    """When things happen, in steps or in seconds of training, and what a run may do before it ends."""
 
     total_steps: int | None
     total_seconds: float | None = None

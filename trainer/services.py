@@ -31,7 +31,7 @@ class Loader(Protocol):
 
 
 class Tracker(Protocol):
-    """Takes numbers, on the first rank."""
+    """Takes numbers and verdicts; only the first rank's keeps them."""
 
     def progress(self, step: int) -> None: ...
     def log(self, step: int, kind: str, values: Metrics) -> None: ...
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 class Saver(Protocol):
-    """Takes checkpoints and samples, on the first rank."""
+    """Takes checkpoints and samples; only the first rank's keeps them."""
 
     @property
     def lease_lost(self) -> bool: ...  # whether another job has taken the run over

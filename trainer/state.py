@@ -11,7 +11,7 @@ from .clock import Meter
 from .data.plan import BatchPlan
 from .distributed.runtime import Runtime
 from .nn import optim
-from .nn.row_state import RowState
+from .nn.row_state import row_states
 from .storage.checkpoint import Checkpoint, Groups
 from .workload import Workload
 
@@ -30,7 +30,7 @@ class TrainState:
         self.meter = Meter()
         self.headline, self.maximise = headline, maximise  # which checkpoint is the best, for those who prune later
         self.per_rank_buffers = runtime.per_rank_buffers(workload)
-        self.row_states = {name: m for name, m in workload.named_modules() if isinstance(m, RowState)}
+        self.row_states = row_states(workload)
         self._rows = [plan.rank_rows(rank, runtime.world) for rank in range(runtime.world)]
         shares = [plan.rows(micro_batch, runtime.rank, runtime.world) for micro_batch in range(plan.accumulation)]
         for state in self.row_states.values():
@@ -72,6 +72,7 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint, also one of another world size; raises Mismatch before anything is changed."""
         groups, state, runtime = checkpoint.groups, checkpoint.state, self.runtime
+        self._check_rows(groups.get("rows", {}))
         load_weights(self.workload, groups["weights"])
         for phase in self.workload.phases:
             optim.restore(phase.optimizer, self._names(phase.name), groups.get("optimizer", {}))
@@ -83,6 +84,14 @@ class TrainState:
         for name, values in groups.get("rows", {}).items():
             own = self.row_states[name]
             own.value.copy_(values.index_select(own.axis, self._rows[runtime.rank]))
+
+    def _check_rows(self, stored: dict[str, Tensor]) -> None:
+        rows = sum(map(len, self._rows))
+        if stored.keys() != self.row_states.keys():
+            raise Mismatch(f"the checkpoint has rows of {sorted(stored)}, the workload has {sorted(self.row_states)}")
+        for name, state in self.row_states.items():
+            if stored[name].shape[state.axis] != rows:
+                raise Mismatch(f"the checkpoint has {stored[name].shape[state.axis]} rows of {name}, the batch {rows}")
 
     def _names(self, phase: str) -> dict[Tensor, str]:
         return {parameter: f"{phase}/{name}" for name, parameter in self.workload.named_parameters()}
@@ -105,6 +114,6 @@ def load_weights(workload: Workload, weights: dict[str, Tensor]) -> None:
 
 
 def _gathered(runtime: Runtime, tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Each tensor as every rank has it, on the CPU; asks the others only where there is something to gather."""
+    """Each tensor as every rank has it, on the CPU; no collective where there is nothing to gather."""
     ranks = runtime.gather({name: tensor.cpu() for name, tensor in tensors.items()}) if tensors else []
     return {name: [own[name] for own in ranks] for name in tensors}

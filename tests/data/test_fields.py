@@ -99,7 +99,7 @@ def test_a_pair_with_a_corrupt_image_is_replaced_as_a_whole() -> None:
 
 def two_sets(first: int = 12, second: int = 8) -> DataSet:
     own = [Memory({"image": images(n), "label": torch.zeros(n, dtype=torch.int64)}) for n in (first, 5)]
-    other = [Memory({"partner": images(n, 100)}, ("partner",)) for n in (second, 3)]
+    other = [Memory({"image": images(n, 100)}) for n in (second, 3)]
     partner = DataSet(description(*other), *other, split="test")
     return DataSet(description(*own), *own, split="test", partner=partner)
 
@@ -107,14 +107,14 @@ def two_sets(first: int = 12, second: int = 8) -> DataSet:
 def test_images_of_two_sets_have_orders_of_their_own() -> None:
     loader = loader_of(two_sets(), BatchPlan(0, 12, 4))
     batches = loader.train(0)
-    shades: dict[str, list[int]] = {"image": [], "partner": []}
+    shades: dict[str, list[int]] = {"image": [], "partner_image": []}
     for _ in range(6):
         ((_, batch),) = next(batches)
         for name, values in shades.items():
             values += batch[name][:, 0, 1, 1].mul(255).round().long().tolist()
     assert sorted(shades["image"][:12]) == sorted(shades["image"][12:]) == list(range(12))
-    assert [sorted(shades["partner"][start : start + 8]) for start in (0, 8, 16)] == [list(range(100, 108))] * 3
-    assert shades["image"][:8] != [shade - 100 for shade in shades["partner"][:8]]
+    assert [sorted(shades["partner_image"][start : start + 8]) for start in (0, 8, 16)] == [list(range(100, 108))] * 3
+    assert shades["image"][:8] != [shade - 100 for shade in shades["partner_image"][:8]]
 
 
 def test_two_sets_are_shared_by_ranks_and_evaluated_once_with_the_smaller_one_repeated() -> None:
@@ -123,7 +123,7 @@ def test_two_sets_are_shared_by_ranks_and_evaluated_once_with_the_smaller_one_re
     for micro, *own in zip(next(whole.train(3)), *(next(part.train(3)) for part in parts), strict=True):
         for name, value in micro[1].items():
             assert torch.equal(torch.cat([batch[name] for _, batch in own]), value)
-    seen = [(batch["id"].tolist(), batch["partner"][:, 0, 1, 1].mul(255).round().long().tolist())
+    seen = [(batch["id"].tolist(), batch["partner_image"][:, 0, 1, 1].mul(255).round().long().tolist())
             for _, batch in whole.evaluate()]  # fmt: skip
     assert seen == [([0, 1, 2, 3], [100, 101, 102, 100]), ([4], [101])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ def build(options: Options, data: TokenDescription, optimizer: OptimizerOptions)
 
 
 class TinyRnn(Workload):
+    data: TokenDescription
+
     def __init__(self, options: Options, data: TokenDescription, optimizer: OptimizerOptions) -> None:
         super().__init__()
         self.data, self.scalars = data, {"nats": ScalarDisplay(True, "nats a token")}
@@ -52,6 +55,17 @@ class TinyRnn(Workload):
 
     def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
         return PerToken(self)
+
+    @torch.no_grad()
+    def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> str:
+        """A line for each row, of the most likely letters after the first one."""
+        tokens = draws.integers("first", len(self.data.vocabulary))[:, None]
+        hidden = self.hidden.read(draws)
+        for _ in range(self.data.length):
+            features, hidden = self.gru(self.embed(tokens[:, -1:]), hidden)
+            tokens = torch.cat([tokens, self.last(features[:, -1]).argmax(1, keepdim=True)], 1)
+        self.hidden.write(draws, hidden)
+        return "\n".join("".join(self.data.vocabulary[token] for token in row) for row in tokens.tolist())
 
     def inference(self) -> nn.Module:
         return self

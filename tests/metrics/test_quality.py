@@ -283,10 +283,11 @@ class Counting:
 def prepared(runtime: Runtime, cache: str, **more: Any) -> tuple[SampleScores, int]:
     """Scores with the statistics of the real images, and at how many images they had to look for them."""
     parts = recipe(configure({"cache": cache, **more.pop("metrics", {})}, **more), 1)
+    parts.check()
     assert parts.reference
     scores = parts.reference.scores
     scores.features = counting = Counting(scores.features)  # type: ignore[assignment]
-    parts.prepare_reference(parts.prepare_workload(runtime), runtime)
+    parts.prepare_reference(parts.open_loader(runtime), runtime)
     return scores, counting.images
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = ["--workload.name", EXAMPLES / "tiny_rnn.py", "--data.name", f"{EXAMPLES}/letters.py:open_letters",
         "--precision", "fp64", "--batch_size", "7", "--accumulation", "2", "--optimizer.lr", "0.01", "--log.every",
         "3 steps", "--checkpoint.every", "5 steps", "--evaluate.every", "6 steps", "--evaluate.batch_size", "4",
-        "--run.url", "run"]  # fmt: skip
+        "--samples.count", "5", "--run.url", "run"]  # fmt: skip
 
 
 def rows(folder: Path) -> torch.Tensor:
@@ -42,6 +43,18 @@ def test_a_text_is_read_on_with_the_state_of_each_row(alone: Path) -> None:
     assert nats[-1] < nats[0] < 2.1  # a guess costs ln 7 = 1.95, and the text itself ln 2 = 0.69
     assert rows(alone).shape == (1, 7, 8)
     assert (rows(alone).flatten(2).abs().sum(2) > 0).all()
+    assert json.loads(run(["evaluate", "run"], alone).splitlines()[-1])["nats"] == pytest.approx(nats[-1], rel=1e-9)
+    lines = (alone / "run" / "samples" / "step-00000030.txt").read_text().splitlines()
+    assert len(lines) == 5
+    assert all(len(line) == 9 for line in lines)
+
+
+def test_a_checkpoint_of_another_batch_is_one_line(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "run", tmp_path / "run")
+    words = [*map(str, TEXT), "--duration", "40 steps", "--batch_size", "9", "--run.force_resume"]
+    for world in (1, 2):
+        said = refused(words, tmp_path, world)
+        assert said == "run.url: the checkpoint has 7 rows of hidden, the batch 9: use another run.url"
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -104,6 +117,17 @@ def test_a_workload_of_ones_own_keeps_the_contract(words: list[str]) -> None:
 def test_a_gan_of_ones_own_is_trained(tmp_path: Path) -> None:
     gan = EXAMPLES / "tiny_gan.py"
     run(["--workload.name", gan, "--data.name", "fake", "--data.size", "8", "--duration", "2 steps"], tmp_path)
+
+
+def test_figures_that_fail_are_a_warning_with_their_traceback(tmp_path: Path) -> None:
+    broken = (EXAMPLES / "tiny_gan.py").read_text()
+    broken += "\n    def figures(self, totals, images, draws):\n        raise RuntimeError('no figures today')\n"
+    (tmp_path / "own_gan.py").write_text(broken)
+    words = ["--workload.name", "own_gan.py", "--data.name", "fake", "--data.size", "8", "--duration", "2 steps"]
+    text = run([*words, "--run.url", "run"], tmp_path)
+    assert "warning: the workload's figures could not be drawn:" in text
+    assert f'File "{tmp_path}/own_gan.py"' in text
+    assert outcome(tmp_path / "run")["status"] == "done"
 
 
 @pytest.mark.parametrize(

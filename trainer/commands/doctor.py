@@ -25,7 +25,7 @@ from ..config.options import RunConfig, UserError, data_root, dump
 from ..data.dataset import DataSet
 from ..data.description import ImageDescription
 from ..distributed.process import LaunchError, cores
-from ..nn.row_state import RowState
+from ..nn.row_state import fresh_rows
 from ..randomness import Draws
 from ..run.build import Recipe, open_run_data, recipe, run_url
 from ..storage.objects import Storage, StorageError
@@ -105,6 +105,7 @@ class _Doctor:
 
     def network(self) -> str:
         self.recipe = recipe(self.config, self.ranks, data=self.data)
+        self.recipe.check()
         workload = self.recipe.workload
         count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
         return f"{self.config.workload.name}: {count:,} parameters, phases {', '.join(p.name for p in workload.phases)}"
@@ -136,13 +137,12 @@ class _Doctor:
 
         rows = 2 * workload.group
         batch = self.recipe.example_batch(rows)
-        for state in (module for module in workload.modules() if isinstance(module, RowState)):
-            state.allocate([rows])
         most = 0
         for phase in workload.phases:
             saved.clear()
             draws = Draws(0, (0, phase.name, 0, 0), slice(0, rows), torch.device("cpu"))
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with hooks, fresh_rows(workload, rows):
                 phase.loss(batch, draws)
             parameters = {parameter.data_ptr() for parameter in workload.parameters()}
             most = max(most, sum(size for (pointer, _), size in saved.items() if pointer not in parameters))

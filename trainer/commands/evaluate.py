@@ -28,13 +28,15 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     trained = open_run(options.checkpoint, step=options.step, best=options.best)
     data = open_run_data(trained.config, options.data_root, None if options.split == "auto" else options.split)
-    parts = recipe(trained.config, 1, data=data, workload=trained.workload)
     config = trained.config
+    parts = recipe(config, 1, data=data, workload=trained.workload)
+    evaluator = parts.evaluator  # before the process group: its features may be missing
     process = ProcessInfo.from_environment()
     with Runtime(process, device=options.device, precision=config.precision, threads=config.threads) as runtime:
-        loader = parts.prepare_workload(runtime)
+        parts.prepare_workload(runtime)
+        loader = parts.open_loader(runtime)
         parts.prepare_reference(loader, runtime)
-        evaluation = evaluate(parts.workload, parts.evaluator, loader, runtime, config.seed)
+        evaluation = evaluate(parts.workload, evaluator, loader, runtime, config.seed)
         if evaluation is None:
             return 1
         if runtime.main:

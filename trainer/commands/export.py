@@ -23,7 +23,7 @@ Inputs = dict[str, Tensor]  # of the network that is exported, by name
 def _safetensors(network: nn.Module, trained: Trained, example: Inputs, target: Path) -> str:
     from safetensors.torch import save_file
 
-    data = trained.images
+    data = trained.images.normalised_to(trained.workload.input_range)
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, target / "weights.safetensors")
     about = {
         "workload": trained.config.workload.model_dump(mode="json"),
@@ -96,13 +96,18 @@ def main(words: Sequence[str]) -> int:
     )  # fmt: skip
     options = parser.parse_args(words)
     trained = open_run(options.checkpoint, step=options.step, best=options.best)
+    assert trained.images, "raises UserError for what is of no images"
     target = Path(options.to)
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to: {options.to!r} cannot be made: {error.strerror}") from None
     network = trained.workload.eval().inference().eval().float()
-    example = trained.workload.example()
+    try:
+        example = trained.workload.example()
+    except NotImplementedError:
+        name = trained.config.workload.name
+        raise UserError(f"{options.checkpoint}: {name} defines no example(), which exporting needs") from None
     for kind in options.format:
         say(f"{kind:<12} {FORMATS[kind](network, trained, example, target)}")
     return 0

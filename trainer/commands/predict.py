@@ -39,7 +39,7 @@ def _image_paths(names: Sequence[str]) -> list[Path]:
 @torch.no_grad()
 def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
     """(N, classes) float32 for image files, prepared as the held-out data is."""
-    data = trained.images
+    data = trained.images.normalised_to(trained.workload.input_range)
     options = DataOptions(name=trained.config.data.name)
     crop = Crop(options, data.size, 0, train=False, variable_size=data.variable_size)
     normalise = Augment(options, data, 0, False, torch.device("cpu"), torch.float32, False).normalise

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -192,7 +192,7 @@ class SamplesOptions(Options):
 
 
 class MetricsOptions(Options):
-    """How generated images are judged, against as many held-out ones."""
+    """How generated images are evaluated, against as many held-out ones."""
 
     features: str = "pixels"
     """What they are compared by: pixels (8x8), the URL of a run that trained a classifier, or inception:FILE, the
@@ -236,6 +236,8 @@ class RunOptions(Options):
 
 class WorkloadOptions(Options):
     """Base of the options that a workload's file defines as `Options`; `name` is filled in."""
+
+    code: ClassVar[tuple[str, ...]] = ()  # settings that may name a user's file, besides `name`
 
     name: str = ""
     """What is trained: the name of a file in trainer/workloads, or the path of your own."""

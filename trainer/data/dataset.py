@@ -1,8 +1,9 @@
 """What a data set is: splits of `Memory` (tensors) or of `Stored` (images read by id), and a description.
 
 A split says what a batch of it holds by its fields. Most hold "image" and "label"; a pair of images is two image fields
-of one sample; images of two independent sets are a data set with a `partner`, which has an order of its own; windows of
-a text are a field that is no image, with `streams` set, so that each row of the batch reads on where it was.
+of one sample; images of two independent sets are a data set with a `partner`, whose fields are in the batch too, as
+`partner_image` and so on, in an order of their own; windows of a text are a field that is no image, with `streams` set,
+so that each row of the batch continues where it was.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..config.options import DataOptions, UserError
 from .description import Description, ImageDescription
+from .plan import BatchPlan, StreamPlan
 
 
 class Memory:
@@ -81,7 +83,7 @@ class DataSet:
     held_out: Split
     split: str  # which split is held out
     streams: bool = False  # whether each row of the batch reads consecutive samples
-    partner: DataSet | None = None  # whose fields stand in the same batch, in an order of their own
+    partner: DataSet | None = None  # another set, in the same batches, in an order of its own
 
 
 def subsample(data: DataSet, count: int) -> DataSet:
@@ -92,6 +94,19 @@ def subsample(data: DataSet, count: int) -> DataSet:
     ids = torch.arange(count) if data.streams else torch.arange(count) * len(whole) // count
     part = whole.rows(ids) if isinstance(whole, Memory) else Part(whole, ids)
     return replace(data, held_out=part, description=replace(data.description, eval_size=count))
+
+
+def plan_of(data: DataSet, seed: int, batch_size: int, accumulation: int = 1, group: int = 1) -> BatchPlan:
+    """The order in which a data set is trained on; raises UserError where a text is too short for the rows."""
+    size = len(data.train)
+    if not data.streams:
+        return BatchPlan(seed, size, batch_size, accumulation, group)
+    if size < batch_size:
+        raise UserError(
+            f"batch_size: {batch_size} rows cannot share {size} windows of {data.description.name}: "
+            f"lower it to {size} or less"
+        )
+    return StreamPlan(seed, size // batch_size * batch_size, batch_size, accumulation, group)
 
 
 def describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],

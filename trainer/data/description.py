@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,13 @@ class ImageDescription(Description):
     variable_size: bool = False  # whether images are of many sizes, and so are cropped
     mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
 
+    def normalised_to(self, input_range: tuple[float, float] | None) -> ImageDescription:
+        """With the mean and deviation that bring pixels into a range; the data set's own for None."""
+        if input_range is None:
+            return self
+        low, high = input_range
+        return replace(self, mean=(-low / (high - low),), std=(1 / (high - low),))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, self.size, self.size)
@@ -50,26 +57,26 @@ class ImageDescription(Description):
 
 @dataclass(frozen=True)
 class TokenDescription(Description):
-    """Windows of a text: a batch holds "tokens" (B, length) int64."""
+    """Windows of a text: a batch holds "tokens" (B, length + 1) int64, of which all but the first are predicted."""
 
     vocabulary: tuple[str, ...]
-    length: int  # tokens of a window
+    length: int  # tokens to predict in a window
 
 
-_KINDS: dict[str, type[Description]] = {"images": ImageDescription, "tokens": TokenDescription}
+KINDS: dict[str, type[Description]] = {"images": ImageDescription, "tokens": TokenDescription}
 _ON_DISK = {"train_size": "training", "eval_size": "evaluated", "variable_size": "photographs"}  # names in data.json
 
 
 def to_json(description: Description) -> dict[str, Any]:
     """Plain data, for data.json."""
-    kind = next(name for name, cls in _KINDS.items() if type(description) is cls)
+    kind = next(name for name, cls in KINDS.items() if type(description) is cls)
     values = {_ON_DISK.get(name, name): value for name, value in asdict(description).items()}
     return values if kind == "images" else {"kind": kind, **values}
 
 
 def from_json(values: Mapping[str, Any]) -> Description:
     """Raises KeyError, TypeError or AttributeError where these are not the values of a description."""
-    cls = _KINDS[values.get("kind", "images")]
+    cls = KINDS[values.get("kind", "images")]
     known = {field.name: values[_ON_DISK.get(field.name, field.name)] for field in fields(cls)}
     for name, value in known.items():
         if isinstance(value, list):

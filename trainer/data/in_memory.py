@@ -224,7 +224,10 @@ def resized(data: DataSet, size: int) -> DataSet:
         raise UserError(f"data.size: {data.description.name} is points, which have no size: remove data.size")
 
     def part(split: Split) -> Memory:
-        assert isinstance(split, Memory), "stored images are given their size where they are read"
+        if not isinstance(split, Memory):
+            raise UserError(
+                f"data.size: {data.description.name} reads its images in a size of its own: remove data.size"
+            )
         return Memory(
             {**split.fields, **{name: scaled(split[name]) for name in split.image_fields}}, split.image_fields
         )

@@ -10,7 +10,6 @@ import itertools
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..config.options import DataOptions, UserError
 from ..randomness import key
-from .dataset import DataSet, Encoded, Memory, Split, Stored
+from .dataset import DataSet, Encoded, Memory, Split, Stored, plan_of
 from .description import Batch, ImageDescription
 from .plan import BatchPlan
 from .stored import BadSample, decode
@@ -171,9 +170,7 @@ class BatchLoader:
         if not isinstance(d, ImageDescription):
             return [None, None], [None, None]
         crops: list[Crop | None] = [Crop(self.options, d.size, seed, train, d.variable_size) for train in (True, False)]
-        if input_range is not None:
-            low, high = input_range
-            d = replace(d, mean=(-low / (high - low),), std=(1 / (high - low),))
+        d = d.normalised_to(input_range)
         augments: list[Augment | None] = [
             Augment(self.options, d, seed, train, self.device, dtype, channels_last) for train in (True, False)
         ]
@@ -185,7 +182,8 @@ class BatchLoader:
         """The loader of the set whose fields join the batches, each set shuffled by itself."""
         if self.data.partner is None:
             return None
-        plan = replace(self.plan, seed=key(self.plan.seed, "partner"), size=len(self.data.partner.train))
+        own = self.plan
+        plan = plan_of(self.data.partner, key(own.seed, "partner"), own.batch_size, own.accumulation, own.group)
         return BatchLoader(
             self.data.partner, plan, self.options, rank=self.rank, world=self.world, device=self.device, dtype=dtype,
             channels_last=channels_last, evaluation_batch=self.evaluation_batch, input_range=input_range,
@@ -241,7 +239,7 @@ class BatchLoader:
             parts = zip(*(torch.split(value, sizes * several) for value in batch.values()), strict=True)
             for _ in range(several):
                 others = next(partners)
-                yield [(r, {**other, **dict(zip(batch, next(parts), strict=True))}) for r, other in others]
+                yield [(r, {**_renamed(other), **dict(zip(batch, next(parts), strict=True))}) for r, other in others]
 
     def _resident(self, split: Memory, first: int, own: Tensor) -> tuple[int, Iterator[Batch]]:
         """Several batches are indexed and augmented at once: of small ones, the calls would cost more than the work."""
@@ -295,7 +293,7 @@ class BatchLoader:
         other, size = self.partner, self.partner.evaluation_samples
         beside = other._in_order(other.readers[1], other.resident[1], [(ids % size, span) for ids, span in batches])
         for (rows, batch), (_, more) in zip(own, beside, strict=True):
-            yield rows, {**more, **batch}
+            yield rows, {**_renamed(more), **batch}
 
     def _evaluation_batches(self, count: int) -> list[tuple[Tensor, slice]]:
         return self.plan.evaluation_batches(count, self.evaluation_batch, self.rank, self.world)
@@ -343,6 +341,10 @@ class BatchLoader:
             index = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
             return resident[resident.image_fields[0]][index].cpu().float() / 255
         return reader.read([(i, 0) for i in ids])[0][reader.split.image_fields[0]].float() / 255
+
+
+def _renamed(batch: Batch) -> Batch:
+    return {f"partner_{name}": value for name, value in batch.items()}
 
 
 def _chunks(count: int, length: int) -> Iterator[range]:

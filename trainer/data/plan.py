@@ -1,7 +1,8 @@
 """Which sample goes where: pure arithmetic, so that resuming needs one integer and ranks need not talk.
 
 The stream of samples is epochs laid end to end, each a permutation of the data set; the k-th global batch is a slice of
-that stream. Hence no partial batch and no dropped sample, and every sample comes exactly once an epoch.
+that stream. Hence no partial batch and no dropped sample, and every sample comes exactly once an epoch. A text is read
+in order instead.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class BatchPlan:
 class StreamPlan(BatchPlan):
     """Each row of the batch reads its own part of the data set in order: windows of a text, with a carried state.
 
-    In the next epoch a row continues with its neighbour's part, where its own ends. What is left over behind the
-    last whole part is not trained on. `size` is that of an epoch, a multiple of `batch_size`.
+    In the next epoch a row continues with its neighbour's part, where its own ends. Samples behind the last
+    whole part are not trained on. `size` is that of an epoch, a multiple of `batch_size`.
     """
 
     def samples(self, k: int, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ class StreamPlan(BatchPlan):
         return ids.flatten(), (batches // length).expand_as(ids).flatten()
 
     def evaluation_batches(self, size: int, rows: int, rank: int, world: int) -> list[tuple[Tensor, slice]]:
-        """Consecutive samples in one row here too. The last rows may have one sample less, and then end earlier."""
+        """Consecutive samples in one row here too. The last row has what remains, and may end earlier."""
         rows = min(rows, size)
         length = -(-size // rows)
         rows = -(-size // length)  # of so many samples each, the last of what is left

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..config.data_sets import DATA_SETS
 from ..config.options import DataOptions, UserError
 from ..config.user_code import load_attribute
 from .dataset import DataSet, reason_of
-from .description import ImageDescription
+from .description import KINDS, ImageDescription
 
 Open = Callable[[DataOptions, str, str], DataSet]  # of options, root and the split to evaluate
 
@@ -34,11 +35,20 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
         if "://" not in root:
             raise
         raise UserError(f"data.root: {root!r} cannot be read: {reason_of(error)}") from error
-    if isinstance(data.description, ImageDescription) and options.size not in (None, data.description.size):
+    return _checked(data, options, root)
+
+
+def _checked(data: DataSet, options: DataOptions, root: str) -> DataSet:
+    """The data set in the size that was asked for; raises UserError for what cannot be trained on."""
+    d = data.description
+    if type(d) not in KINDS.values():
+        kinds = ", ".join(kind.__name__ for kind in KINDS.values())
+        raise UserError(f"data.name: {options.name} describes its samples by {type(d).__name__}: use one of {kinds}")
+    if isinstance(d, ImageDescription) and options.size not in (None, d.size):
         from .in_memory import resized
 
         data = resized(data, options.size)
     for name, part in (("train", data.train), (data.split, data.held_out)):
         if not len(part):
             raise UserError(f"data.name: {options.name}: the {name} split in {root!r} is empty: check data.root")
-    return data
+    return data if data.partner is None else replace(data, partner=_checked(data.partner, options, root))

@@ -1,4 +1,4 @@
-"""Ranks, device, precision, DDP, collectives and signals: everything that a workload must not know.
+"""Ranks, device, precision, DDP and collectives: everything that a workload must not know.
 
 A run is a world of processes that were started by torchrun, by srun, or by hand; one process alone is a world of one
 with the same process group. Differences between torch versions are handled here and nowhere else.
@@ -17,7 +17,7 @@ import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.description import Batch
 from ..metrics.evaluator import Totals
 from ..nn.norm import convert_batch_norm
+from ..randomness import Draws
 from ..storage.checkpoint import Groups
 from ..workload import Phase, Scalars, Workload
 from . import elastic
@@ -34,16 +35,13 @@ from .deadline import Deadline
 from .process import LaunchError, ProcessInfo, threads_per_rank
 from .signals import StopSignals
 
-if TYPE_CHECKING:
-    from ..randomness import Draws
-
 TIMEOUT = datetime.timedelta(minutes=5)
 LEFT = 75  # the exit code EX_TEMPFAIL: try again
 
 
 @dataclass(frozen=True)
 class Votes:
-    """What a rank wants at a step boundary; summed, how many ranks want it. A wish is repeated until it is granted."""
+    """What a rank wants at a step boundary; summed, how many ranks want it. A rank votes again until it is answered."""
 
     stop: int = 0
     save: int = 0
@@ -62,7 +60,7 @@ class Runtime:
         from accelerate import PartialState
 
         threads = threads_per_rank(process, threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for what is started from here, and lest accelerate chooses
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes, and instead of accelerate's choice
         torch.set_num_threads(threads)
         if process.local_world == process.world:  # one node: gloo must not listen beyond it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())

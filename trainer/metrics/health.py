@@ -153,7 +153,7 @@ def _stuck(now: Values, past: Past, rules: Rules) -> Answer:
 
 @dataclass(frozen=True)
 class Rule:
-    """A state that holds once `asks` says so of `patience` records in a row, until it says otherwise of as many."""
+    """A state that holds once `asks` is true of `patience` records in a row, until it is false of as many."""
 
     state: State
     kind: Literal["train", "evaluate"]
@@ -164,7 +164,7 @@ class Rule:
 
 
 def by_severity(rules: Rules, own: Sequence[Rule]) -> list[Rule]:
-    """All rules but the one on non-finite values, which is the gravest; the first that holds gives the verdict.
+    """All rules but the one on non-finite values, which is the most severe; the first that holds gives the verdict.
 
     `own` are those that a workload adds.
     """

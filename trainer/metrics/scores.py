@@ -28,7 +28,7 @@ class SampleScores:
 
     @property
     def floor(self) -> float:
-        """A FID below which nothing can be told; of one sample it may be far below what is to be expected."""
+        """A FID below which differences are noise; that of one sample may be far below what is to be expected."""
         return max(self.controls["fid_floor"], self.noise)
 
     def totals(self, images: Tensor, ids: Tensor) -> Totals:

@@ -24,6 +24,7 @@ class RowState(nn.Module):
         """`shape` is that of one row's entry; `axis` is where the rows are inserted."""
         super().__init__()
         self.shape, self.axis = tuple(shape), axis
+        self.starts = [0]  # of each micro-batch among the rank's rows
         self.register_buffer("value", torch.zeros(0), persistent=False)
 
     def allocate(self, rows: Sequence[int]) -> None:
@@ -51,3 +52,17 @@ class RowState(nn.Module):
             yield
         finally:
             self.value, self.starts = kept
+
+
+def row_states(network: nn.Module) -> dict[str, RowState]:
+    """Those of a workload, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, RowState)}
+
+
+@contextlib.contextmanager
+def fresh_rows(network: nn.Module, rows: int) -> Iterator[None]:
+    """Zeros for so many rows in all row states, whose entries of training come back afterwards."""
+    with contextlib.ExitStack() as stack:
+        for state in row_states(network).values():
+            stack.enter_context(state.fresh(rows))
+        yield

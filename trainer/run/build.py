@@ -13,10 +13,10 @@ from .. import schedule, workloads
 from ..boundary import Boundary
 from ..config.duration import Duration
 from ..config.options import RunConfig, UserError, data_root
-from ..data.dataset import DataSet, subsample
+from ..data.dataset import DataSet, plan_of, subsample
 from ..data.description import Batch
 from ..data.loader import BatchLoader
-from ..data.plan import BatchPlan, StreamPlan
+from ..data.plan import BatchPlan
 from ..data.sources import open_data
 from ..distributed.runtime import Runtime
 from ..engine import Engine
@@ -49,8 +49,23 @@ class Recipe:
     plan: BatchPlan
     samples_per_step: int
     limits: Limits
-    schedule: Schedule
     reference: Reference | None = field(default=None, init=False)  # where the evaluator compares with real images
+
+    def check(self) -> None:
+        """Raises UserError for what would show later only, when the process group is up."""
+        _ = self.evaluator, self.schedule
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Raises UserError where the warm-up would never end."""
+        s, limits = self.config.schedule, self.limits
+        warmup, every = (Duration.parse(t).steps(self.samples_per_step, self.plan.size) for t in (s.warmup, s.every))
+        if limits.total_steps is not None and warmup >= limits.total_steps:
+            raise UserError(
+                f"schedule.warmup: {s.warmup!r} is not shorter than the run, {self.config.duration!r}: "
+                f"shorten the warm-up"
+            )
+        return schedule.build(s.name, limits.total_steps or 0, warmup, every, s.gamma, s.final)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -65,10 +80,12 @@ class Recipe:
         self.workload = workloads.build(self.config, self.data.description)
         self.evaluator = self.workload.evaluator(self._scores)
 
-    def prepare_workload(self, runtime: Runtime) -> BatchLoader:
-        """Move the workload to the device, and open its batches there."""
+    def prepare_workload(self, runtime: Runtime, compiled: bool = False) -> None:
+        """Move the workload to the device."""
+        runtime.prepare(self.workload, self.config.channels_last, compiled)
+
+    def open_loader(self, runtime: Runtime) -> BatchLoader:
         config, workload = self.config, self.workload
-        runtime.prepare(workload, config.channels_last, config.compile)
         return BatchLoader(
             self.data, self.plan, config.data, rank=runtime.rank, world=runtime.world, device=runtime.device,
             dtype=runtime.dtype, evaluation_batch=config.evaluate.batch_size, input_range=workload.input_range,
@@ -79,7 +96,7 @@ class Recipe:
         """The first rows of training, on the CPU in fp32."""
         plan = replace(self.plan, batch_size=rows, accumulation=1)
         loader = BatchLoader(
-            self.data, plan, self.config.data.model_copy(update={"workers": 0}), rank=0, world=1,
+            self.data, plan, self.config.data.model_copy(update={"workers": 0, "resident": "no"}), rank=0, world=1,
             device=torch.device("cpu"), dtype=torch.float32, channels_last=False, evaluation_batch=rows,
             input_range=self.workload.input_range,
         )  # fmt: skip
@@ -125,15 +142,12 @@ def recipe(
     plan = _plan(config, data, workload, world)
     samples_per_step = plan.batch_size * workload.batches_per_step
     limits = _limits(config, samples_per_step, plan.size)
-    factor = _schedule(config, limits.total_steps, samples_per_step, plan.size)
-    made = Recipe(config, data, workload, plan, samples_per_step, limits, factor)
-    assert made.evaluator, "opened here, so that bad features are reported before any process group starts"
-    return made
+    return Recipe(config, data, workload, plan, samples_per_step, limits)
 
 
 def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> BatchPlan:
     """How the batches are cut. Raises UserError where a rank would be left without a sample, or a group be torn."""
-    group, size = workload.group, len(data.train)
+    group = workload.group
     smallest = config.batch_size // config.accumulation // group
     if smallest < world:
         pairs = f" in groups of {group}" if group > 1 else ""
@@ -146,15 +160,7 @@ def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> B
         raise UserError(
             f"batch_size: {config.batch_size} is no multiple of {group}, the samples that are judged together"
         )
-    if not data.streams:
-        return BatchPlan(config.seed, size, config.batch_size, config.accumulation, group)
-    if size < config.batch_size:
-        raise UserError(
-            f"batch_size: {config.batch_size} rows cannot share {size} windows of {data.description.name}: "
-            f"lower it to {size} or less"
-        )
-    whole = size // config.batch_size * config.batch_size
-    return StreamPlan(config.seed, whole, config.batch_size, config.accumulation, group)
+    return plan_of(data, config.seed, config.batch_size, config.accumulation, group)
 
 
 def _limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -> Limits:
@@ -177,14 +183,3 @@ def _limits(config: RunConfig, samples_per_step: int, epoch_samples: int) -> Lim
         stop_when_unhealthy=config.health.action != "warn",
         bad_samples=config.data.bad_images,
     )
-
-
-def _schedule(config: RunConfig, total: int | None, samples_per_step: int, epoch_samples: int) -> Schedule:
-    """Raises UserError where the warm-up would never end."""
-    s = config.schedule
-    warmup, every = (Duration.parse(text).steps(samples_per_step, epoch_samples) for text in (s.warmup, s.every))
-    if total is not None and warmup >= total:
-        raise UserError(
-            f"schedule.warmup: {s.warmup!r} is not shorter than the run, {config.duration!r}: shorten the warm-up"
-        )
-    return schedule.build(s.name, total or 0, warmup, every, s.gamma, s.final)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..metrics.evaluator import Evaluator
 from ..schedule import Every
 from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
 from ..storage.lease import Lease
@@ -18,11 +17,12 @@ EXIT_SECONDS = 600.0  # how long the end of a run waits for its last checkpoint
 
 class Checkpoints:
     def __init__(
-        self, store: CheckpointStore, lease: Lease, tracker: Tracker, evaluator: Evaluator, *, keep: int,
-        keep_every: Every, saved: Callable[[float], None], rescue: Path,
+        self, store: CheckpointStore, lease: Lease, tracker: Tracker, *, headline: str, maximise: bool,
+        keep: int, keep_every: Every, saved: Callable[[float], None], rescue: Path,
     ) -> None:  # fmt: skip
-        """Keeps the newest `keep`, the best, and one every `keep_every`. `saved` hears how long each save took."""
-        self.store, self.lease, self.tracker, self.evaluator = store, lease, tracker, evaluator
+        """Keeps the newest `keep`, the best, and one every `keep_every`. `saved` gets the seconds of each save."""
+        self.store, self.lease, self.tracker = store, lease, tracker
+        self.headline, self.maximise = headline, maximise
         self.keep, self.keep_every, self.saved, self.rescue = keep, keep_every, saved, rescue
         self.unsaved: Checkpoint | None = None
 
@@ -37,14 +37,15 @@ class Checkpoints:
             self.unsaved = None
             self.tracker.committed(step)
             try:
-                self.prune()
+                if not self.lease.lost:
+                    self.prune()
             except StorageError as error:
                 self.tracker.note(f"warning: old checkpoints were not deleted: {error}")
 
         self.tracker.cut(step)
         self.store.wait()
         self.report_failure()
-        if not self.lease.lost:  # the engine is about to see that
+        if not self.lease.lost:  # else the run ends as soon as the ranks have voted
             self.unsaved = checkpoint
             self.store.in_background(work)
 
@@ -53,7 +54,7 @@ class Checkpoints:
         self.store.prune(self.keep, lambda step: step == best or self.keep_every.due(step))
 
     def best(self, among: list[int]) -> int | None:
-        return self.tracker.best(self.evaluator.headline, self.evaluator.maximise, among)
+        return self.tracker.best(self.headline, self.maximise, among)
 
     def go_back(self, before: int) -> int:
         """Delete what came after the best checkpoint from before a step; returns its step, 0 where there is none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class NullDirectory:
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
         return exit_code(outcome.status)
 
+    def refused(self, outcome: Outcome) -> None: ...
     def crashed(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
 
@@ -59,21 +61,22 @@ class RunDirectory:
         console = Console(recipe.limits.total_steps, recipe.workload.scalars)
         self.storage.probe()
         self.lease = Lease(self.storage)
+        self.log = MetricLog(self.storage)
+        self.tracker = Tracker(self.log, console)
+        evaluator, config = recipe.evaluator, recipe.config
+        self.checkpoints = Checkpoints(
+            CheckpointStore(self.storage.at("checkpoints")), self.lease, self.tracker, headline=evaluator.headline,
+            maximise=evaluator.maximise, keep=config.checkpoint.keep, keep_every=recipe.limits.keep,
+            saved=runtime.deadline.saved, rescue=Path("runs") / f"{name}-rescued" / "checkpoints",
+        )  # fmt: skip
+        self.pictures = Pictures(self.storage, self.tracker, name)
+        self.recorder: Recorder | None = None
         try:
             self.lease.acquire()
         except LeaseHeld as holder:
             raise UserError(
                 f"run.url: {self.storage} is in use by {holder}: wait for it, or use another run.url"
             ) from None
-        self.log = MetricLog(self.storage)
-        self.tracker = Tracker(self.log, console)
-        self.checkpoints = Checkpoints(
-            CheckpointStore(self.storage.at("checkpoints")), self.lease, self.tracker, recipe.evaluator,
-            keep=recipe.config.checkpoint.keep, keep_every=recipe.limits.keep, saved=runtime.deadline.saved,
-            rescue=Path("runs") / f"{name}-rescued" / "checkpoints",
-        )  # fmt: skip
-        self.pictures = Pictures(self.storage, self.tracker, name)
-        self.recorder: Recorder | None = None
 
     @property
     def lease_lost(self) -> bool:
@@ -205,23 +208,22 @@ class RunDirectory:
         code = 1 if unsaved else exit_code(outcome.status)
         summary = {**result, "checkpoint": saved and f"{self.storage}/{saved}", "goodput": goodput.summary()}
         self.tracker.close(summary, failed=code != 0)
-        self._say_goodbye(outcome, about["reason"], saved, goodput)
+        self._print_summary(outcome, about["reason"], saved, goodput)
         _print_result(result)
         return code
 
     def _draw(self, boundary: Boundary, outcome: Outcome) -> None:
-        workload, step = self.recipe.workload, outcome.step
-        if self.tracker.records:
-            curves = render.learning_curves(self.tracker.records, self.name, workload.scalars)
-            self.pictures.add(step, "learning_curves", curves)
+        workload, step, pictures, records = self.recipe.workload, outcome.step, self.pictures, self.tracker.records
+        if records:
+            pictures.draw(step, "learning_curves", lambda: render.learning_curves(records, self.name, workload.scalars))
         if outcome.totals:
             workload.eval()
-            figures = workload.figures(outcome.totals, boundary.loader.pixels, boundary.fixed_draws())
-            for name, figure in figures.items():
-                self.pictures.add(step, name, render.render(figure))
-        self.pictures.animate(step)
+            for name, figure in pictures.figures(workload, boundary, outcome.totals).items():
+                pictures.draw(step, name, partial(render.render, figure))
+        if workload.generates:
+            pictures.animate(step)
 
-    def _say_goodbye(self, outcome: Outcome, reason: str, saved: str | None, goodput: Goodput) -> None:
+    def _print_summary(self, outcome: Outcome, reason: str, saved: str | None, goodput: Goodput) -> None:
         note, here = self.tracker.note, _shown(self.storage)
         note(f"{outcome.status} at step {outcome.step}: {reason}")
         if self.recipe.workload.generates:
@@ -243,6 +245,10 @@ class RunDirectory:
             self.storage.write("outcome.json", json.dumps({**outcome, **attempt}, indent=1).encode())
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
+
+    def refused(self, outcome: Outcome) -> None:
+        """Training ended for a reason that the user is to mend: a batch script need not try again."""
+        self.write_outcome({"status": outcome.status, "step": outcome.step, "reason": outcome.reason})
 
     def crashed(self, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

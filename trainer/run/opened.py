@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
     if step is not None and step not in steps:
         raise UserError(f"{storage}: no checkpoint of step {step}; there are: {', '.join(map(str, steps))}")
     if step is None and best:
-        try:  # which metric counts is the run's to say: a generator's depends on its judge
+        try:  # which metric counts is the run's to say: a generator's depends on its features
             state = store.load(steps[-1], []).state
         except CorruptCheckpoint as error:
             raise UserError(
@@ -110,8 +111,8 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
     """Open a checkpoint; raises UserError."""
     storage, named = locate(url)
     config = load_config(storage.read("config.yaml").decode(), f"{storage}/config.yaml")
-    for file, digest in digests(config).items():
-        if config.code.get(file) != digest:
+    for file, digest in digests(config, data=False).items():
+        if config.code.get(file) != digest and os.environ.get("RANK", "0") == "0":
             print(f"warning: {file} has changed since {storage} was trained", file=sys.stderr)  # noqa: T201
     data = _description(storage)
     workload = workloads.build(config, data)

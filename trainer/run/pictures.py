@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+import traceback
+from collections.abc import Callable
 
 from torch import Tensor
 
+from ..boundary import Boundary
+from ..figures import Figure
+from ..metrics.evaluator import Totals
+from ..nn.row_state import fresh_rows
 from ..storage.objects import Storage, StorageError
 from ..tracking import render
 from ..tracking.tracker import Tracker
+from ..workload import Workload
 
 FRAMES = 120  # at most, of the animation of the samples
 
@@ -18,13 +25,37 @@ class Pictures:
         self.storage, self.tracker, self.name = storage, tracker, name
 
     def show(self, step: int, samples: Tensor | str) -> None:
-        """Generated samples, as a grid."""
-        if isinstance(samples, Tensor):
-            figure = render.from_samples(samples, f"{self.name}, step {step}")
-            self.add(step, f"step-{step:08d}", render.render(figure), "samples")
+        """Generated samples, as a grid or as text."""
+        file = f"step-{step:08d}"
+        if isinstance(samples, str):
+            self.add(step, f"{file}.txt", samples.encode())
+            return
+        figure = render.from_samples(samples, f"{self.name}, step {step}")
+        self.draw(step, file, lambda: render.render(figure), "samples")
+
+    def draw(self, step: int, file: str, make: Callable[[], bytes], name: str = "") -> None:
+        """Keep the picture that a function draws."""
+        try:
+            data = make()
+        except Exception:
+            self._warn_of_failure(file)
+        else:
+            self.add(step, file, data, name)
+
+    def figures(self, workload: Workload, boundary: Boundary, totals: Totals) -> dict[str, Figure]:
+        """What the workload has to show; nothing where it fails."""
+        try:
+            with fresh_rows(workload, boundary.limits.sample_count):
+                return workload.figures(totals, boundary.loader.pixels, boundary.fixed_draws())
+        except Exception:
+            self._warn_of_failure("the workload's figures")
+            return {}
+
+    def _warn_of_failure(self, what: str) -> None:
+        self.tracker.note(f"warning: {what} could not be drawn:\n{traceback.format_exc().rstrip()}")
 
     def add(self, step: int, file: str, data: bytes, name: str = "") -> None:
-        """Keep a picture, and show it under its name; PNG unless the file says otherwise."""
+        """Keep a file, a PNG unless its name says otherwise, and show a PNG under its name."""
         path = file if "." in file else f"{file}.png"
         try:
             self.storage.write(f"samples/{path}", data)

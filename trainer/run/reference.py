@@ -152,7 +152,7 @@ def _classifier(url: str, data: ImageDescription) -> Features:
     if not any(isinstance(module, nn.Linear) for module in network.modules()):
         raise UserError(f"metrics.features: {url} has no linear layer, whose inputs are the features: use another run")
     name = str(trained.storage).rstrip("/").rpartition("/")[2]
-    extractor = Penultimate(network, known, f"{name}-{trained.digest[:8]}")
+    extractor = Penultimate(network, known.normalised_to(trained.workload.input_range), f"{name}-{trained.digest[:8]}")
     if known.channels == data.channels:
         return extractor
     if known.channels == 1 and data.name == "stacked_mnist":

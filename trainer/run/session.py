@@ -47,6 +47,7 @@ def train(config: RunConfig, name: str) -> int:
         problem, parts = "", None
         try:
             parts = recipe(config, process.world)
+            parts.check()
         except UserError as error:
             problem = str(error)
         with Runtime(
@@ -88,6 +89,7 @@ class Session:
             boundary, outcome = self.attempt()
             while self.should_roll_back(outcome):
                 self.roll_back(outcome)
+                del boundary  # and with it the tensors of the attempt
                 boundary, outcome = self.attempt()
             code = self.directory.finish(boundary, outcome, self.rollbacks)
             return self.runtime.exit_code(code, outcome.status)
@@ -100,7 +102,7 @@ class Session:
             self.directory.close()
 
     @property
-    def main(self) -> RunDirectory:
+    def run_directory(self) -> RunDirectory:
         """The directory, where only the first rank works with it."""
         assert isinstance(self.directory, RunDirectory)
         return self.directory
@@ -112,13 +114,13 @@ class Session:
 
     def find(self) -> tuple[Resumed, Groups | None]:
         """On rank 0: the newest valid checkpoint and what was logged before."""
-        checkpoint, tracker = self.main.newest(), self.main.tracker
+        checkpoint, tracker = self.run_directory.newest(), self.run_directory.tracker
         step = checkpoint.step if checkpoint else 0
         evaluations = [record for record in tracker.evaluations() if record["step"] == step]
         last = evaluations[-1] if evaluations else {}
         metrics = {name: value for name, value in last.items() if name not in ("step", "kind", "epoch")}
         state, groups = (checkpoint.state, checkpoint.groups) if checkpoint else (None, None)
-        resumed = Resumed(step, state, step if last else -1, metrics, tracker.records, self.main.rollbacks())
+        resumed = Resumed(step, state, step if last else -1, metrics, tracker.records, self.run_directory.rollbacks())
         return resumed, groups
 
     def attempt(self) -> tuple[Boundary, Outcome]:
@@ -131,7 +133,8 @@ class Session:
             resumed, groups = self.find()
             return resumed
 
-        loader = parts.prepare_workload(runtime)
+        parts.prepare_workload(runtime, parts.config.compile)
+        loader = parts.open_loader(runtime)
         resumed = agreed(runtime, find)
         self.rollbacks = resumed.rollbacks
         parts.prepare_reference(loader, runtime)
@@ -147,10 +150,11 @@ class Session:
         boundary = engine.boundary
         boundary.last_eval_step, boundary.metrics = resumed.last_eval_step, resumed.metrics
         boundary.watch = self.watch(resumed.records)
-        agreed(runtime, lambda: self.main.begin(engine.state.step))
+        agreed(runtime, lambda: self.run_directory.begin(engine.state.step))
         self.directory.start(boundary)
         outcome = engine.train()
         if outcome.status == "bad_data":
+            self.directory.refused(outcome)
             problems = [problem for own in runtime.gather(loader.bad_samples()) for problem in own]
             raise UserError(loader.bad_images(problems))
         return boundary, outcome
@@ -166,7 +170,7 @@ class Session:
         return watch
 
     def roll_back(self, outcome: Outcome) -> None:
-        agreed(self.runtime, lambda: self.main.roll_back(outcome))
+        agreed(self.runtime, lambda: self.run_directory.roll_back(outcome))
         self.recipe.renew_workload()
 
     def should_roll_back(self, outcome: Outcome) -> bool:

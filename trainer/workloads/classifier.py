@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ LARGEST_MATRIX = 100  # classes
 
 
 class Options(WorkloadOptions):
+    code: ClassVar[tuple[str, ...]] = ("network",)
+
     network: str = "cnn"
     """softmax, fnn, cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101,
     resnet152, torchvision:NAME for any classification model of torchvision, or path/to/net.py:Net of your own, which

@@ -180,7 +180,7 @@ class InfoGan(Adversarial):
 
 
 class CodeEvaluator(GeneratorEvaluator):
-    """Asks besides whether the category tells the classes apart."""
+    """Also measures whether the category tells the classes apart."""
 
     workload: InfoGan
 
