@@ -205,3 +205,37 @@ def weights_that_are_not_finite(runtime: Runtime) -> tuple[bool, bool]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_weights_that_are_not_finite_are_never_saved(world: int) -> None:
     assert on_ranks(world, weights_that_are_not_finite) == [(True, False)] * world
+
+
+class Lost(Keep):
+    """A saver whose lease is lost after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def lease_lost(self) -> bool:  # type: ignore[override]
+        self.looks -= 1
+        return self.looks < 0
+
+
+def status_of_a_lost_lease(runtime: Runtime, looks: int) -> tuple[str, int, bool]:
+    engine, _ = make(runtime, 5)
+    saver = Lost(looks) if runtime.main else Keep()
+    engine.boundary.saver = saver
+    outcome = engine.train()
+    return outcome.status, outcome.step, saver.last is None
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_lost_lease_ends_training_on_all_ranks_without_a_save(world: int) -> None:
+    late = 2 if world > 1 else 1  # the answer of several ranks is one step late
+    assert on_ranks(world, status_of_a_lost_lease, 2) == [("lease_lost", 1 + late, True)] * world
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_lease_that_is_lost_after_the_last_vote_is_noticed_at_the_end(world: int) -> None:
+    """At steps 0 to 5 the ranks vote; what comes then is the last evaluation and the last save."""
+    assert [(status, step) for status, step, _ in on_ranks(world, status_of_a_lost_lease, 6)] == [
+        ("lease_lost", 5)
+    ] * world

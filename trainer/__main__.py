@@ -39,8 +39,8 @@ commands:
   python -m trainer COMMAND --help     the options of a command
   python -m trainer train --help       every setting of a run
 
-Settings come from the config file, from the environment, which goes before the
-file (TRAINER_OPTIMIZER__LR=3e-4), and from flags, which go before both.
+Settings come from the config file, from the environment, which overrides the
+file (TRAINER_OPTIMIZER__LR=3e-4), and from flags, which override both.
 
 examples:
   python -m trainer configs/fashion_cnn.yaml --optimizer.lr 3e-4 \\

@@ -47,7 +47,7 @@ class TrainState:
         norm = torch.nn.utils.get_total_norm(workload.parameters())  # the same on every rank, as the weights are
         if not all(map(math.isfinite, [float(norm), *(value for meter in meters for value, _ in meter.values())])):
             return None
-        lanes = _gathered(runtime, self.per_rank_buffers)
+        buffers = _gathered(runtime, self.per_rank_buffers)
         rows = _gathered(runtime, {name: state.value for name, state in self.row_states.items()})
         groups: Groups = {}
         if runtime.main:
@@ -55,8 +55,8 @@ class TrainState:
             for phase in workload.phases:
                 optimizer |= optim.tensors(phase.optimizer, self._names(phase.name))
             groups = {"weights": runtime.to_host(workload.state_dict()), "optimizer": runtime.to_host(optimizer)}
-            if lanes:
-                groups["lanes"] = {name: torch.stack(values) for name, values in lanes.items()}
+            if buffers:
+                groups["lanes"] = {name: torch.stack(values) for name, values in buffers.items()}
                 groups["weights"].update({name: values.mean(0) for name, values in groups["lanes"].items()})
             if rows:
                 order = torch.argsort(torch.cat(self._rows))  # a rank holds a part of every micro-batch

@@ -117,6 +117,13 @@ def test_images_of_two_sets_have_orders_of_their_own() -> None:
     assert shades["image"][:8] != [shade - 100 for shade in shades["partner_image"][:8]]
 
 
+def test_two_sets_of_one_size_are_not_in_step() -> None:
+    ((_, batch),) = next(loader_of(two_sets(12, 12), BatchPlan(0, 12, 12)).train(0))
+    first, second = (batch[name][:, 0, 1, 1].mul(255).round().long() for name in ("image", "partner_image"))
+    assert not torch.equal(second, first + 100)
+    assert sorted(second.tolist()) == sorted((first + 100).tolist())
+
+
 def test_two_sets_are_shared_by_ranks_and_evaluated_once_with_the_smaller_one_repeated() -> None:
     whole = loader_of(two_sets(), BatchPlan(0, 12, 4, accumulation=2))
     parts = [loader_of(two_sets(), BatchPlan(0, 12, 4, accumulation=2), rank, 2) for rank in range(2)]
