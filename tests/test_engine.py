@@ -223,19 +223,19 @@ def status_of_a_lost_lease(runtime: Runtime, looks: int) -> tuple[str, int, bool
     engine, _ = make(runtime, 5)
     saver = Lost(looks) if runtime.main else Keep()
     engine.boundary.saver = saver
+    engine.boundary.limits = Limits(5)  # without logs, after which the ranks vote less often where steps are fast
     outcome = engine.train()
     return outcome.status, outcome.step, saver.last is None
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_lost_lease_ends_training_on_all_ranks_without_a_save(world: int) -> None:
-    late = 2 if world > 1 else 1  # the answer of several ranks is one step late
-    assert on_ranks(world, status_of_a_lost_lease, 2) == [("lease_lost", 1 + late, True)] * world
+    late = 0 if world == 1 else 1  # several ranks get the answer of the vote before
+    assert on_ranks(world, status_of_a_lost_lease, 2) == [("lease_lost", 2 + late, True)] * world
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_lease_that_is_lost_after_the_last_vote_is_noticed_at_the_end(world: int) -> None:
     """At steps 0 to 5 the ranks vote; what comes then is the last evaluation and the last save."""
-    assert [(status, step) for status, step, _ in on_ranks(world, status_of_a_lost_lease, 6)] == [
-        ("lease_lost", 5)
-    ] * world
+    for status, step, _ in on_ranks(world, status_of_a_lost_lease, 6):
+        assert (status, step) == ("lease_lost", 5)

@@ -48,6 +48,7 @@ class Workload(nn.Module):
     channels_last: bool = False  # whether this memory format makes the networks faster
     input_range: tuple[float, float] | None = None  # of images; None: normalised by the data set's mean and deviation
     generates: bool = False  # whether `samples` gives images
+    conditional: bool = False  # whether these are of a class that can be chosen
     scalars: Mapping[str, ScalarDisplay] = {"loss": ScalarDisplay(True), "accuracy": ScalarDisplay(True)}
     health_rules: tuple[Rule, ...] = ()  # of this workload alone; those of every generator are in metrics/health.py
 

@@ -316,6 +316,7 @@ def test_a_value_may_begin_with_a_dash_and_hold_anything(ask: Ask) -> None:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example("--")
 @given(st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda text: text != "null"))
 def test_every_text_reaches_its_setting_as_it_is(text: str) -> None:
     assert resolve([f"--wandb.project={text}"]).wandb.project == text

@@ -65,7 +65,7 @@ def test_a_carried_state_is_the_same_at_any_world_size(world: int, alone: Path, 
     assert outcome(tmp_path / "run")["metrics"] == pytest.approx(outcome(alone / "run")["metrics"], rel=1e-9)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (3, 3), (1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 2)])
 def test_a_carried_state_is_cut_again_when_the_world_size_changes(
     before: int, after: int, alone: Path, tmp_path: Path
 ) -> None:
@@ -104,10 +104,10 @@ def test_a_resume_under_another_file_says_so(tmp_path: Path) -> None:
     "words", [["--workload", "tiny_gan.py"], ["--workload", "tiny_rnn.py", "--data", "letters.py:open_letters"]]
 )
 def test_a_workload_of_ones_own_keeps_the_contract(words: list[str]) -> None:
-    """As README says. One world size here: the built-in ones go through all of them."""
+    """As README says. Some of it here: the built-in ones go through all."""
     own = [str(EXAMPLES / word) if ".py" in word else word for word in words]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-               "tests/workloads/test_contract.py", *own, "-k", "not world_size"]  # fmt: skip
+               "tests/workloads/test_contract.py", *own, "-k", "cut or gradients or samples or figures"]  # fmt: skip
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -21,7 +21,7 @@ def _class_of(name: str | None, trained: Trained) -> int | None:
     if name is None:
         return None
     classes = trained.images.classes
-    if not getattr(trained.workload, "conditional", False):
+    if not trained.workload.conditional:
         raise UserError(
             f"--class: {trained.config.workload.name} does not generate by class: leave it out, or use biggan"
         )

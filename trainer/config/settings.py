@@ -243,6 +243,9 @@ def build_config(
 ) -> RunConfig:
     """Merge file values, environment and flags; raises UserError with a line per mistake. Prints help on --help."""
     words, problems = _read_flags(flags, model)
+    # argparse takes a value of two dashes away, also behind an equals sign.
+    dashes = [word.removesuffix("=--").removeprefix("--") for word in words if word.endswith("=--")]
+    words = [word for word in words if not word.endswith("=--")]
     if words != ["--help"]:
         problems += [_unknown(v, n, model) for n, v in _variables().items() if n not in _settings(model)]
 
@@ -259,6 +262,7 @@ def build_config(
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (
+                InitSettingsSource(settings_cls, init_kwargs=_nested(dict.fromkeys(dashes, "--"))),
                 _command_line(settings_cls, program)(args=words),
                 _Environment(settings_cls),
                 InitSettingsSource(settings_cls, init_kwargs=values),
@@ -273,6 +277,18 @@ def build_config(
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return model.model_construct(**{name: getattr(merged, name) for name in model.model_fields})
+
+
+def _nested(values: Mapping[str, str]) -> dict[str, Any]:
+    """Values by dotted names as the mappings that a config file would have."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, key = name.split(".")
+        section = nested
+        for group in groups:
+            section = section.setdefault(group, {})
+        section[key] = value
+    return nested
 
 
 def _as_written(value: object) -> str:

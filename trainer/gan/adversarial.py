@@ -100,7 +100,6 @@ class Adversarial(Workload):
     generates = True
     whole_groups = True
     channels_last = True
-    conditional = False
     options: AdversarialOptions
     data: ImageDescription
 

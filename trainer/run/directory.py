@@ -17,12 +17,11 @@ from ..config.options import RunConfig, UserError, differences, dump, is_safe
 from ..config.status import exit_code
 from ..data.description import to_json
 from ..distributed.runtime import Runtime
-from ..schedule import Limits
 from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
-from ..storage.goodput import Goodput, Recorder, current_attempt, new_attempt
+from ..storage.goodput import Goodput, Recorder, new_attempt
 from ..storage.lease import Lease, LeaseHeld
 from ..storage.metric_log import MetricLog
-from ..storage.objects import Storage, StorageError
+from ..storage.objects import Storage
 from ..tracking import render
 from ..tracking.console import Console
 from ..tracking.sinks import open_sinks
@@ -30,9 +29,9 @@ from ..tracking.tracker import Silent, Tracker
 from .build import Recipe, run_url
 from .checkpoints import Checkpoints
 from .opened import load_config
+from .outcome import OutcomeFile, print_result, reached
 from .pictures import Pictures
-
-ROLLBACKS = "rollbacks.json"
+from .rollbacks import Rollbacks
 
 
 class NullDirectory:
@@ -70,6 +69,8 @@ class RunDirectory:
             saved=runtime.deadline.saved, rescue=Path("runs") / f"{name}-rescued" / "checkpoints",
         )  # fmt: skip
         self.pictures = Pictures(self.storage, self.tracker, name)
+        self.outcome = OutcomeFile(self.storage, self.lease, self.tracker)
+        self.rollbacks = Rollbacks(self.storage, self.checkpoints, self.tracker)
         self.recorder: Recorder | None = None
         try:
             self.lease.acquire()
@@ -97,11 +98,11 @@ class RunDirectory:
         if self.checkpoints.store.folders() and self.storage.exists("config.yaml"):
             stored = load_config(self.storage.read("config.yaml").decode(), f"{self.storage}/config.yaml")
             check_resume(self.config, stored, self.config.run.force_resume, self.tracker.note)
-        outcome = read_outcome(self.storage)
-        if outcome.get("status") != "done" or not _reached(outcome, self.recipe.limits):
+        outcome = self.outcome.read()
+        if not reached(outcome, self.recipe.limits):
             return {}
         self.tracker.note(f"{self.storage} is done; give another run.url or a longer duration to train more")
-        _print_result(outcome)
+        print_result(outcome)
         return outcome
 
     def newest(self) -> Checkpoint | None:
@@ -109,7 +110,7 @@ class RunDirectory:
         checkpoint = self.checkpoints.store.newest(self.tracker.note)
         self.tracker.records = self.log.before(checkpoint.step if checkpoint else 0)
         if not self.tracker.sinks:
-            rollbacks = self.rollbacks()
+            rollbacks = self.rollbacks.read()
             self.tracker.sent = rollbacks[-1]["void_records"] if rollbacks else 0
             self.tracker.sinks = open_sinks(self.config, self.name, self.storage, self.tracker.sent, self.tracker.note)
         return checkpoint
@@ -154,31 +155,6 @@ class RunDirectory:
         if step:
             note(f"resuming {self.storage} at step {step}")
 
-    # Rolling back after a collapse.
-
-    def rollbacks(self) -> list[dict[str, Any]]:
-        """How often the run went back after it had ceased to be healthy, and why."""
-        try:
-            return list(json.loads(self.storage.read(ROLLBACKS)))
-        except StorageError as error:
-            if error.missing:
-                return []
-            raise
-
-    def roll_back(self, outcome: Outcome) -> None:
-        """Make the best checkpoint from before the verdict the newest one.
-
-        What came later is deleted before the decision is written: killed in between, the run would train that part
-        again and come to the same decision.
-        """
-        to = self.checkpoints.go_back(before=outcome.health.step or outcome.step)
-        entry = {
-            "from": outcome.step, "to": to, "state": outcome.status, "reason": outcome.reason,
-            "void_records": self.tracker.rewind(to),
-        }  # fmt: skip
-        self.storage.write(ROLLBACKS, json.dumps([*self.rollbacks(), entry], indent=1).encode())
-        self.tracker.note(f"rolling back from step {outcome.step} to step {to}: {outcome.status}: {outcome.reason}")
-
     # The end.
 
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
@@ -192,7 +168,7 @@ class RunDirectory:
         }
         if outcome.status == "lease_lost":  # nothing here is ours any more
             self.tracker.note(f"warning: {outcome.status} at step {outcome.step}: {outcome.reason}")
-            _print_result(result)
+            print_result(result)
             return exit_code(outcome.status)
         unsaved = self.checkpoints.finish()  # before anything that might fail
         self._draw(boundary, outcome)
@@ -203,13 +179,13 @@ class RunDirectory:
         assert self.recorder
         goodput = self.recorder.end(outcome.status)
         about["goodput"] = goodput.summary()
-        self.write_outcome({**result, **about})
+        self.outcome.write({**result, **about})
         saved = f"checkpoints/{folder(boundary.saved_step)}" if boundary.saved_step and not unsaved else None
         code = 1 if unsaved else exit_code(outcome.status)
         summary = {**result, "checkpoint": saved and f"{self.storage}/{saved}", "goodput": goodput.summary()}
         self.tracker.close(summary, failed=code != 0)
         self._print_summary(outcome, about["reason"], saved, goodput)
-        _print_result(result)
+        print_result(result)
         return code
 
     def _draw(self, boundary: Boundary, outcome: Outcome) -> None:
@@ -236,23 +212,11 @@ class RunDirectory:
         for line in goodput.table() if goodput.attempts > 1 else ():
             note(line)
 
-    def write_outcome(self, outcome: dict[str, Any]) -> None:
-        if self.lease.lost:  # the directory is another job's, and so is its outcome
-            return
-        try:
-            # A batch script asks whose outcome this is.
-            attempt = {"life": current_attempt()} if current_attempt() else {}
-            self.storage.write("outcome.json", json.dumps({**outcome, **attempt}, indent=1).encode())
-        except StorageError as error:
-            self.tracker.note(f"warning: {error}")
-
     def refused(self, outcome: Outcome) -> None:
-        """Training ended for a reason that the user is to mend: a batch script need not try again."""
-        self.write_outcome({"status": outcome.status, "step": outcome.step, "reason": outcome.reason})
+        self.outcome.refused(outcome)
 
     def crashed(self, error: BaseException) -> None:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self.write_outcome({"status": "crashed", "step": None, "reason": reason})
+        self.outcome.crashed(error)
 
     def close(self) -> None:
         self.tracker.console.close()
@@ -279,26 +243,7 @@ def check_resume(config: RunConfig, stored: RunConfig, force: bool, note: Callab
         )
 
 
-def read_outcome(storage: Storage) -> dict[str, Any]:
-    try:
-        return json.loads(storage.read("outcome.json"))
-    except (StorageError, ValueError):
-        return {}
-
-
-def _reached(outcome: dict[str, Any], limits: Limits) -> bool:
-    if limits.total_steps is not None:
-        return outcome["step"] >= limits.total_steps
-    return outcome.get("seconds", 0.0) >= (limits.total_seconds or 0.0)
-
-
 def _shown(storage: Storage) -> str:
     """The URL as a person would type it."""
     here = f"{Path.cwd()}/"
     return str(storage).removeprefix(here) if storage.local else str(storage)
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    """The last line of a run, for programs."""
-    hidden = ("reason", "metrics", "seconds", "health", "rollbacks", "goodput", "life")
-    print(json.dumps({k: v for k, v in result.items() if k not in hidden}), flush=True)  # noqa: T201

@@ -120,7 +120,8 @@ class Session:
         last = evaluations[-1] if evaluations else {}
         metrics = {name: value for name, value in last.items() if name not in ("step", "kind", "epoch")}
         state, groups = (checkpoint.state, checkpoint.groups) if checkpoint else (None, None)
-        resumed = Resumed(step, state, step if last else -1, metrics, tracker.records, self.run_directory.rollbacks())
+        rollbacks = self.run_directory.rollbacks.read()
+        resumed = Resumed(step, state, step if last else -1, metrics, tracker.records, rollbacks)
         return resumed, groups
 
     def attempt(self) -> tuple[Boundary, Outcome]:
@@ -170,7 +171,7 @@ class Session:
         return watch
 
     def roll_back(self, outcome: Outcome) -> None:
-        agreed(self.runtime, lambda: self.run_directory.roll_back(outcome))
+        agreed(self.runtime, lambda: self.run_directory.rollbacks.roll_back(outcome))
         self.recipe.renew_workload()
 
     def should_roll_back(self, outcome: Outcome) -> bool:
