@@ -23,6 +23,8 @@ from .workload import Phase, Scalars
 Due = tuple[tuple[Callable[[int], bool], Callable[[], Status | None]], ...]  # when, and what; a status ends training
 KEPT: tuple[Status, ...] = ("done", "preempted", "mode_collapse", "convergence_failure", "diverged")  # end with a save
 
+NOTHING = contextlib.nullcontext()
+
 
 def always(step: int) -> bool:
     return True
@@ -77,8 +79,10 @@ class Engine:
 
     def run_due(self, due: Due) -> Status | None:
         """Do what is due, in its order, up to the first that ends training."""
-        step = self.state.step
-        return next((status for when, action in due if when(step) and (status := action())), None)
+        for when, action in due:
+            if when(self.state.step) and (status := action()) is not None:
+                return status
+        return None
 
     def finish(self, status: Status) -> Outcome:
         """The last samples and the evaluation of a run that is done; and a checkpoint, where there is one to keep."""
@@ -136,7 +140,7 @@ class Engine:
         for index, (rows, batch) in enumerate(micro_batches):
             draws = Draws(self.noise, (*scope, index), rows, runtime.device, runtime.dtype)
             share = (rows.stop - rows.start) / self.loader.batch_size
-            with contextlib.nullcontext() if index == last else runtime.no_sync(loss):
+            with NOTHING if index == last else runtime.no_sync(loss):
                 with runtime.autocast():
                     value, scalars = loss(batch, draws)
                 # DDP divides the sum over the ranks by their number; the weights make that the global mean.

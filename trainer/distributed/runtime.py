@@ -16,8 +16,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,8 +38,7 @@ TIMEOUT = datetime.timedelta(minutes=5)
 LEFT = 75  # the exit code EX_TEMPFAIL: try again
 
 
-@dataclass(frozen=True)
-class Votes:
+class Votes(NamedTuple):
     """What a rank wants at a step boundary; summed, how many ranks want it. A rank votes again until it is answered."""
 
     stop: int = 0
@@ -132,7 +130,7 @@ class Runtime:
             tensor, work = self._poll
             work.wait()
             answer = Votes(*tensor.tolist())
-        tensor = torch.tensor(astuple(votes), dtype=torch.int64)
+        tensor = torch.tensor(votes, dtype=torch.int64)
         self._poll = (tensor, dist.all_reduce(tensor, group=self._control, async_op=True))
         return answer
 
