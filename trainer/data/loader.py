@@ -234,12 +234,12 @@ class BatchLoader:
         sizes = [r.stop - r.start for r in rows]
         own = plan.rank_rows(self.rank, self.world)
         several, wholes = self._resident(split, first, own) if split is not None else (1, self._streamed(first, own))
-        partners = self.partner.train(first) if self.partner else itertools.repeat([(r, {}) for r in rows])
+        partners = self.partner.train(first) if self.partner else None
         for batch in wholes:
             parts = zip(*(torch.split(value, sizes * several) for value in batch.values()), strict=True)
             for _ in range(several):
-                others = next(partners)
-                yield [(r, {**_renamed(other), **dict(zip(batch, next(parts), strict=True))}) for r, other in others]
+                own_batches: list[tuple[slice, Batch]] = [(r, dict(zip(batch, next(parts), strict=True))) for r in rows]
+                yield own_batches if partners is None else _joined(own_batches, next(partners))
 
     def _resident(self, split: Memory, first: int, own: Tensor) -> tuple[int, Iterator[Batch]]:
         """Several batches are indexed and augmented at once: of small ones, the calls would cost more than the work."""
@@ -341,6 +341,12 @@ class BatchLoader:
             index = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
             return resident[resident.image_fields[0]][index].cpu().float() / 255
         return reader.read([(i, 0) for i in ids])[0][reader.split.image_fields[0]].float() / 255
+
+
+def _joined(
+    own: Sequence[tuple[slice, Batch]], partner: Sequence[tuple[slice, Batch]]
+) -> list[tuple[slice, Batch]]:  # fmt: skip
+    return [(rows, {**_renamed(other), **batch}) for (rows, batch), (_, other) in zip(own, partner, strict=True)]
 
 
 def _renamed(batch: Batch) -> Batch:
