@@ -1,4 +1,4 @@
-"""What a workload can show: scalars, grids, points, tables. Values only; tracking/ draws them."""
+"""What a workload can show: scalars, grids, animations, points, tables. Values only; tracking/ draws them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,15 @@ class Matrix:
     column_axis: str
 
 
-Figure = ImageGrid | Panels | Points | Matrix
+@dataclass(frozen=True)
+class Animation:
+    """Pictures that move together, in a grid, without end. `frames` are (frames, N, C, H, W) in [0, 1]."""
+
+    frames: Tensor
+    columns: int | None = None
+
+
+Figure = ImageGrid | Panels | Points | Matrix | Animation
 
 
 @dataclass(frozen=True)

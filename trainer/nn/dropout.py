@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth whose masks come from Draws, so that neither ranks nor restarts change them."""
+"""Modules that take what they draw from Draws, so that neither ranks nor restarts change it: dropout and its kin."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from ..randomness import Draws
 
 
-class Dropout(nn.Module):
+class Drawn(nn.Module):
+    """A module that draws: `drawing` gives it the draws of a forward pass."""
+
+    draws: Draws | None = None
+
+
+class Dropout(Drawn):
     """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'."""
 
     def __init__(self, probability: float, name: str, mode: str = "") -> None:
         super().__init__()
         self.probability, self.name, self.mode = probability, name, mode
-        self.draws: Draws | None = None
 
     def extra_repr(self) -> str:
         return f"p={self.probability}, {self.mode or 'elements'}"
@@ -49,19 +54,19 @@ def use_draws(network: nn.Module) -> nn.Module:
 
 
 # Kept, since walking a network takes 20 microseconds.
-_dropouts_of: WeakKeyDictionary[nn.Module, list[Dropout]] = WeakKeyDictionary()
+_drawn_of: WeakKeyDictionary[nn.Module, list[Drawn]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def drawing(network: nn.Module, draws: Draws) -> Iterator[None]:
-    """Give the dropouts of a network their draws for one forward pass."""
-    dropouts = _dropouts_of.get(network)
-    if dropouts is None:
-        dropouts = _dropouts_of[network] = [module for module in network.modules() if isinstance(module, Dropout)]
-    for module in dropouts:
+    """Give the modules of a network that draw their draws for one forward pass."""
+    drawn = _drawn_of.get(network)
+    if drawn is None:
+        drawn = _drawn_of[network] = [module for module in network.modules() if isinstance(module, Drawn)]
+    for module in drawn:
         module.draws = draws
     try:
         yield
     finally:
-        for module in dropouts:
+        for module in drawn:
             module.draws = None

@@ -55,13 +55,14 @@ class Pictures:
         self.tracker.note(f"warning: {what} could not be drawn:\n{traceback.format_exc().rstrip()}")
 
     def add(self, step: int, file: str, data: bytes, name: str = "") -> None:
-        """Keep a file, a PNG unless its name says otherwise, and show a PNG under its name."""
-        path = file if "." in file else f"{file}.png"
+        """Keep a file; one without a suffix is a picture, to be shown under its name."""
+        picture = "." not in file
+        path = f"{file}.{render.suffix(data)}" if picture else file
         try:
             self.storage.write(f"samples/{path}", data)
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
-        if path.endswith(".png"):
+        if picture:
             self.tracker.image(step, name or file, data)
 
     def animate(self, step: int) -> None:

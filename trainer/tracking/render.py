@@ -1,4 +1,4 @@
-"""Pictures as PNG: learning curves, confusion matrix, grids of images."""
+"""Pictures as PNG, those that move as GIF: learning curves, confusion matrix, grids of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..figures import Figure, ImageGrid, Matrix, Panels, Points, ScalarDisplay
+from ..figures import Animation, Figure, ImageGrid, Matrix, Panels, Points, ScalarDisplay
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
 TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the grid
@@ -101,7 +101,13 @@ def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], usual_rang
         axes.legend(fontsize=8, frameon=False)
 
 
+def suffix(picture: bytes) -> str:
+    return "gif" if picture.startswith(b"GIF") else "png"
+
+
 def render(picture: Figure) -> bytes:
+    if isinstance(picture, Animation):
+        return _gif([_tiled(ImageGrid(frame, columns=picture.columns)) for frame in picture.frames])
     if isinstance(picture, Matrix):
         return _matrix(picture)
     if isinstance(picture, Points):
@@ -171,10 +177,17 @@ def animation(frames: Sequence[bytes]) -> bytes:
     """PNGs of one size as an animated GIF; the last one stays for a while."""
     from PIL import Image
 
-    images = [Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    return _gif([Image.open(io.BytesIO(frame)) for frame in frames], pause=2000)
+
+
+def _gif(images: Sequence[Any], pause: int = 150) -> bytes:
+    """Images of one size, 150 milliseconds each; the last one stays for `pause`."""
+    from PIL import Image
+
+    frames = [image.convert("P", palette=Image.Palette.ADAPTIVE) for image in images]
     buffer = io.BytesIO()
-    durations = [150] * (len(images) - 1) + [2000]
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    durations = [150] * (len(frames) - 1) + [pause]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return buffer.getvalue()
 
 
