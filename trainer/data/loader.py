@@ -342,6 +342,19 @@ class BatchLoader:
             return resident[resident.image_fields[0]][index].cpu().float() / 255
         return reader.read([(i, 0) for i in ids])[0][reader.split.image_fields[0]].float() / 255
 
+    def held_out(self, ids: Iterable[int]) -> Batch:
+        """Held-out samples as an evaluation has them, for one rank alone and without loader workers."""
+        index = torch.tensor(list(ids), dtype=torch.int64)
+        resident, reader, augment = self.resident[1], self.readers[1], self.augments[1]
+        if resident is not None:
+            batch = self._index(resident, augment, index, None)
+        else:
+            read = reader.read([(i, 0) for i in index.tolist()])
+            batch = self._send(reader.split.image_fields, augment, read)
+        if self.partner is None:
+            return batch
+        return {**_renamed(self.partner.held_out(i % self.partner.evaluation_samples for i in index.tolist())), **batch}
+
 
 def _joined(
     own: Sequence[tuple[slice, Batch]], partner: Sequence[tuple[slice, Batch]]
