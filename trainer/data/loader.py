@@ -91,12 +91,21 @@ class Reader(Dataset[Any]):
         for _ in range(min(1000, len(split))):
             try:
                 name = split.name(other)
-                images = [self.crop(decode(data, name, split.channels), other, visit) for data in encoded]
-                return images, other, problem
+                images = [decode(data, name, split.channels) for data in encoded]
+                _check_shapes(images, name)
+                return [self.crop(image, other, visit) for image in images], other, problem
             except BadSample as error:
                 problem, other = problem or str(error), (other + 1) % len(split)
                 encoded = [split.fetch([other], field)[0] for field in split.image_fields]
         raise UserError(f"data.root: no image of many in a row can be read; the first is {problem}")
+
+
+def _check_shapes(images: Sequence[Any], name: str) -> None:
+    """Images of one sample are cropped alike, which takes one shape, if not one size."""
+    width, height = images[0].size
+    for image in images[1:]:
+        if not 0.98 < image.width * height / (image.height * width) < 1.02:
+            raise BadSample(f"{name}: of {width}x{height} and {image.width}x{image.height} pixels, two shapes")
 
 
 def _as_it_is(read: Any) -> Any:
