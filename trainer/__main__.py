@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "evaluate a checkpoint on its held-out data",
     "predict": "label images with a checkpoint",
     "sample": "generate images with a checkpoint of a GAN",
+    "translate": "turn images into others with a checkpoint of pix2pix",
     "export": "write a checkpoint as safetensors, torch.export program or ONNX",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "doctor": "check config, data, storage and resuming before a long run",

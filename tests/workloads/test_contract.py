@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "biggan": {"latent": 10, "embedding": 4},
     "infogan": {"hidden": 16},
     "stylegan": {"latent": 8, "mapping_layers": 2, "deviation_group": 2, "r1_every": 2, "ada_steps": 10},
+    "pix2pix": {"pairs": "edges"},
 }
 NOISY = {"label_smoothing": 0.1, "instance_noise": 0.1, "augment": "color,translation,cutout", "packing": 2}
 CASES: dict[str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
     "stylegan, plain": {"name": "stylegan", "style_mixing": 0, "path_length": 0, "r1": 0, "ada_target": 0, "ema": 0},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
+    "pix2pix, accumulating": {"name": "pix2pix", "pairs": "low_resolution", "factor": 2, "norm": "instance"},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
     CASES = {OWN: {"name": OWN}}
@@ -72,10 +74,16 @@ def configure(case: str) -> RunConfig:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-# Of one's own, whether it generates shows in the workload itself.
-GENERATORS = [
-    case for case in CASES if (recipe(configure(case), 1).workload.generates if OWN else case != "classifier")
-]
+def from_latents(case: str) -> bool:
+    """Whether it generates from nothing but noise; of one's own, the workload itself says so."""
+    if not OWN:
+        return CASES[case]["name"] not in ("classifier", "pix2pix")
+    workload = recipe(configure(case), 1).workload
+    return workload.generates and not workload.directions
+
+
+GENERATORS = [case for case in CASES if from_latents(case)]
+TRANSLATORS = [case for case in CASES if CASES[case]["name"] == "pix2pix"]
 
 
 def engine(
@@ -220,6 +228,29 @@ def test_samples_are_images_of_the_data_set_and_follow_their_draws(case: str) ->
     torch.testing.assert_close(part, images[4:9])
     assert not torch.equal(other, images)
     assert isinstance(workload.samples(draws(slice(0, 3)), label=1, truncation=0.5), Tensor)
+
+
+@pytest.mark.parametrize("case", TRANSLATORS)
+def test_translations_are_images_of_the_data_set_and_follow_input_and_draws(case: str) -> None:
+    made, _ = engine(_runtime(), case)
+    workload = made.workload.eval()
+    images = made.loader.held_out(range(10))["image"]
+    inputs = workload.input_of(images)
+    for direction in workload.directions:
+
+        def outputs(rows: slice, seed: int = 0, direction: str = direction) -> Tensor:
+            draws = Draws(seed, ("translate",), rows, torch.device("cpu"), torch.float64)
+            return workload.translate(inputs[rows], draws, direction)
+
+        whole = outputs(slice(0, 10))
+        assert whole.shape == images.shape
+        assert whole.abs().max() <= 1
+        torch.testing.assert_close(outputs(slice(4, 9)), whole[4:9])
+        assert not torch.equal(outputs(slice(0, 10), seed=1), whole)
+        assert len(whole.flatten(1).unique(dim=0)) == 10
+    figure = workload.shown(made.loader.held_out, made.boundary.fixed_draws())
+    assert not isinstance(figure, (Tensor, str, type(None)))
+    assert render.render(figure).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("case", CASES)

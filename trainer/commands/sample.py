@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config.options import UserError
+from ..figures import Figure
 from ..randomness import Draws
+from ..run.build import open_run_data, recipe
 from ..run.opened import Trained, open_run
 from ..storage.objects import Storage
 from ..tracking import render
@@ -33,6 +36,30 @@ def _class_of(name: str | None, trained: Trained) -> int | None:
     raise UserError(f"--class: {name!r} is not known; classes of {trained.data.name}: {', '.join(near)}")
 
 
+def _write(path: str, figure: Figure) -> None:
+    folder, _, name = path.rpartition("/")
+    Storage(folder or ".").write(name, render.render(figure))
+
+
+@torch.no_grad()
+def _translations(trained: Trained, options: argparse.Namespace) -> int:
+    """Held-out images, and what is made of them."""
+    if options.truncation is not None or not options.out.lower().endswith(".png"):
+        name = trained.config.workload.name
+        raise UserError(
+            f"sample: {name} draws no latents, so its samples are one picture of held-out images: leave --truncation "
+            f"out, and give --out a FILE.png; `translate` writes a file each"
+        )
+    parts = recipe(trained.config, 1, data=open_run_data(trained.config, options.data_root), workload=trained.workload)
+    loader = parts.plain_loader(options.count)
+    draws = Draws(options.seed, ("sample",), slice(0, options.count), torch.device("cpu"))
+    figure = trained.workload.shown(loader.held_out, draws)
+    assert isinstance(figure, Figure)
+    _write(options.out, figure)
+    say(f"held-out images and what step {trained.step} makes of them: {options.out}")
+    return 0
+
+
 def main(words: Sequence[str]) -> int:
     parser = Parser("python -m trainer sample", description="Generate images: a grid, or a file each.")
     checkpoint_arguments(parser)
@@ -45,6 +72,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--class", metavar="NAME", dest="label", help="name or number of the class (default: all in turn)"
     )
+    parser.add_argument("--data-root", metavar="DIR", help="where the held-out images are that a run translates")
     parser.add_argument(
         "--out", metavar="PATH", default="samples.png",
         help="FILE.png for a grid, else a folder for a file each; may be a URL (default: samples.png)",
@@ -58,6 +86,8 @@ def main(words: Sequence[str]) -> int:
         name = trained.config.workload.name
         raise UserError(f"{options.checkpoint}: {name} generates nothing: give the run of a GAN")
     label = _class_of(options.label, trained)
+    if workload.directions:
+        return _translations(trained, options)
     batches = []
     for start in range(0, options.count, 256):
         rows = slice(start, min(start + 256, options.count))
@@ -65,10 +95,9 @@ def main(words: Sequence[str]) -> int:
             workload.samples(Draws(options.seed, ("sample",), rows, torch.device("cpu")), label, options.truncation)
         )
     samples = torch.cat([images for images in batches if isinstance(images, Tensor)])
-    folder_name, _, name = options.out.rpartition("/")
-    if name.lower().endswith(".png"):
+    if options.out.lower().endswith(".png"):
         title = f"{trained.data.name}, {trained.config.workload.name}, step {trained.step}"
-        Storage(folder_name or ".").write(name, render.render(render.from_samples(samples, title)))
+        _write(options.out, render.from_samples(samples, title))
         say(f"{options.count} samples of step {trained.step}: {options.out}")
         return 0
     if trained.images.mixture:

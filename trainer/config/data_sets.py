@@ -15,6 +15,7 @@ DATA_SETS = {
     "imagenet": "stored:imagenet",
     "folder": "stored:folder",
     "shards": "stored:shards",
+    "pairs": "pairs:pairs",
     "fake": "in_memory:fake",
     "ring8": "in_memory:ring8",
     "grid25": "in_memory:grid25",

@@ -73,7 +73,8 @@ class DataOptions(Options):
     name: str = Field(
         "digits",
         description=f"The data set: {', '.join(DATA_SETS)}, or path/to/file.py:FUNCTION. `folder` is train/ and "
-        "val/ or test/ with a folder per class; `shards` is tar files.",
+        "val/ or test/ with a folder per class; `shards` is tar files; `pairs` is train/ and val/ or test/ with A and "
+        "B side by side in each image, or in folders A and B under equal names.",
         json_schema_extra={"examples": list(DATA_SETS)},
     )
     root: str | None = None
@@ -81,7 +82,8 @@ class DataOptions(Options):
     download: bool = True
     """Whether missing files may be fetched."""
     size: int | None = Field(None, ge=4, le=1024)
-    """Height and width of the images in pixels. Default: as they are; image folders, shards, LSUN and ImageNet: 224."""
+    """Height and width of the images in pixels. Default: as they are; image folders, shards, LSUN and ImageNet: 224,
+    pairs: 256."""
     resident: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Keep the set as one uint8 tensor on the device; auto does so for the small sets."""
     workers: int = Field(2, ge=0, le=128)
@@ -103,7 +105,9 @@ class DataOptions(Options):
     classes: int = Field(10, ge=1)
     """Fake data only."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
-    """Fake data, image folders and shards: 1 (grey) or 3 (colour)."""
+    """Fake data, image folders, shards and pairs: 1 (grey) or 3 (colour)."""
+    direction: Literal["AtoB", "BtoA"] = "AtoB"
+    """Pairs only: which of the two images is made of the other; A is the left one."""
 
     @field_validator("name")
     @classmethod

@@ -110,10 +110,10 @@ def plan_of(data: DataSet, seed: int, batch_size: int, accumulation: int = 1, gr
 
 
 def describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
-             train: Split, held_out: Split) -> ImageDescription:  # fmt: skip
+             train: Split, held_out: Split, paired: bool = False) -> ImageDescription:  # fmt: skip
     return ImageDescription(
-        name, len(train), len(held_out), len(mean), size, tuple(classes), tuple(mean), tuple(std)
-    )  # fmt: skip
+        name, len(train), len(held_out), len(mean), size, tuple(classes), tuple(mean), tuple(std), paired=paired
+    )
 
 
 def reason_of(error: BaseException) -> str:

@@ -18,17 +18,21 @@ class Drawn(nn.Module):
 
 
 class Dropout(Drawn):
-    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'."""
+    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'.
 
-    def __init__(self, probability: float, name: str, mode: str = "") -> None:
+    As the `noise` of a generator it stays in evaluation, unless there are no draws, as in an exported network.
+    """
+
+    def __init__(self, probability: float, name: str, mode: str = "", noise: bool = False) -> None:
         super().__init__()
-        self.probability, self.name, self.mode = probability, name, mode
+        self.probability, self.name, self.mode, self.noise = probability, name, mode, noise
 
     def extra_repr(self) -> str:
         return f"p={self.probability}, {self.mode or 'elements'}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.probability:
+        drops = self.training or (self.noise and self.draws is not None)
+        if not drops or not self.probability:
             return x
         assert self.draws is not None, "call the network inside `with drawing(network, draws)`"
         keep = 1 - self.probability

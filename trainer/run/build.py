@@ -94,13 +94,16 @@ class Recipe:
 
     def example_batch(self, rows: int) -> Batch:
         """The first rows of training, on the CPU in fp32."""
+        return next(self.plain_loader(rows).train(0))[0][1]
+
+    def plain_loader(self, rows: int) -> BatchLoader:
+        """Without a process group, on the CPU in fp32, reading what it is asked for alone."""
         plan = replace(self.plan, batch_size=rows, accumulation=1)
-        loader = BatchLoader(
+        return BatchLoader(
             self.data, plan, self.config.data.model_copy(update={"workers": 0, "resident": "no"}), rank=0, world=1,
             device=torch.device("cpu"), dtype=torch.float32, channels_last=False, evaluation_batch=rows,
             input_range=self.workload.input_range,
         )  # fmt: skip
-        return next(loader.train(0))[0][1]
 
     def engine(
         self, runtime: Runtime, loader: BatchLoader, tracker: Tracker, saver: Saver, *,

@@ -17,6 +17,7 @@ from ..config.options import RunConfig, UserError, differences, dump, is_safe
 from ..config.status import exit_code
 from ..data.description import to_json
 from ..distributed.runtime import Runtime
+from ..figures import Figure
 from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
 from ..storage.goodput import Goodput, Recorder, new_attempt
 from ..storage.lease import Lease, LeaseHeld
@@ -41,7 +42,7 @@ class NullDirectory:
     lease_lost = False
 
     def save(self, checkpoint: Checkpoint) -> None: ...
-    def show(self, step: int, samples: Tensor | str) -> None: ...
+    def show(self, step: int, samples: Tensor | str | Figure) -> None: ...
     def start(self, boundary: Boundary) -> None: ...
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
         return exit_code(outcome.status)
@@ -88,7 +89,7 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.save(checkpoint)
 
-    def show(self, step: int, samples: Tensor | str) -> None:
+    def show(self, step: int, samples: Tensor | str | Figure) -> None:
         self.pictures.show(step, samples)
 
     # Resuming.

@@ -24,13 +24,14 @@ class Pictures:
     def __init__(self, storage: Storage, tracker: Tracker, name: str) -> None:
         self.storage, self.tracker, self.name = storage, tracker, name
 
-    def show(self, step: int, samples: Tensor | str) -> None:
-        """Generated samples, as a grid or as text."""
+    def show(self, step: int, samples: Tensor | str | Figure) -> None:
+        """Generated samples, as a grid, as text or as the workload shows them."""
         file = f"step-{step:08d}"
         if isinstance(samples, str):
             self.add(step, f"{file}.txt", samples.encode())
             return
-        figure = render.from_samples(samples, f"{self.name}, step {step}")
+        title = f"{self.name}, step {step}"
+        figure = render.from_samples(samples, title) if isinstance(samples, Tensor) else samples
         self.draw(step, file, lambda: render.render(figure), "samples")
 
     def draw(self, step: int, file: str, make: Callable[[], bytes], name: str = "") -> None:
