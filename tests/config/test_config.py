@@ -23,7 +23,7 @@ from trainer.config.options import Duration, RunConfig, UserError, data_root, di
 from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
-KNOWN = "known: began, biggan, classifier, dcgan, gan, infogan, wgan, wgan_gp, or path/to/file.py"
+KNOWN = "known: began, biggan, classifier, dcgan, gan, infogan, r3gan, wgan, wgan_gp, or path/to/file.py"
 MODEL = workloads.config_model("classifier")
 
 
@@ -240,7 +240,7 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
          "optimizer.momentum: 0.9 is a setting of sgd, not of adam: use optimizer.betas"),
         (["--schedule.name", "cosine", "--duration", "3 hours"], None,
          "schedule.name: 'cosine' needs to know the number of steps, which duration '3 hours' does not give: "
-         "set duration in epochs, steps or samples, or use constant or step"),
+         "set duration or schedule.length in epochs, steps or samples, or use constant or step"),
         (["--accumulation", "64"], None, "accumulation: 64 micro-batches cannot be cut from a batch of 32: "
          "lower accumulation or raise batch_size"),
         (["--workload.network", "cnnn"], None, "workload.network: 'cnnn' is not valid: known networks: softmax, fnn, "

@@ -161,6 +161,8 @@ class ScheduleOptions(Options):
     """step only."""
     final: float = Field(0.0, ge=0, le=1)
     """cosine and one_cycle: the last learning rate as a share of the peak."""
+    length: Interval | None = None
+    """cosine and one_cycle: when the last learning rate is reached, to stay. Default: at the end of the run."""
 
 
 class EvaluateOptions(Options):
@@ -298,10 +300,11 @@ class RunConfig(_Checked, BaseSettings):
                 f"lower accumulation or raise batch_size"
             )
         timed = Duration.parse(self.duration).seconds is not None
-        if timed and self.schedule.name in ("cosine", "one_cycle"):
+        if timed and self.schedule.name in ("cosine", "one_cycle") and self.schedule.length is None:
             raise ValueError(
                 f"schedule.name: {self.schedule.name!r} needs to know the number of steps, which duration "
-                f"{self.duration!r} does not give: set duration in epochs, steps or samples, or use constant or step"
+                f"{self.duration!r} does not give: set duration or schedule.length in epochs, steps or samples, or use "
+                f"constant or step"
             )
         if self.run.url is not None:
             check_url(self.run.url)

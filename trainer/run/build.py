@@ -58,14 +58,17 @@ class Recipe:
     @cached_property
     def schedule(self) -> Schedule:
         """Raises UserError where the warm-up would never end."""
-        s, limits = self.config.schedule, self.limits
-        warmup, every = (Duration.parse(t).steps(self.samples_per_step, self.plan.size) for t in (s.warmup, s.every))
-        if limits.total_steps is not None and warmup >= limits.total_steps:
-            raise UserError(
-                f"schedule.warmup: {s.warmup!r} is not shorter than the run, {self.config.duration!r}: "
-                f"shorten the warm-up"
-            )
-        return schedule.build(s.name, limits.total_steps or 0, warmup, every, s.gamma, s.final)
+        s, whole, total = self.config.schedule, f"the run, {self.config.duration!r}", self.limits.total_steps
+
+        def steps(text: str) -> int:
+            return Duration.parse(text).steps(self.samples_per_step, self.plan.size)
+
+        if s.length is not None:
+            whole, total = f"schedule.length, {s.length!r}", steps(s.length)
+        warmup = steps(s.warmup)
+        if total is not None and warmup >= total:
+            raise UserError(f"schedule.warmup: {s.warmup!r} is not shorter than {whole}: shorten the warm-up")
+        return schedule.build(s.name, total or 0, warmup, steps(s.every), s.gamma, s.final)
 
     @cached_property
     def evaluator(self) -> Evaluator:
