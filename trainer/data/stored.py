@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from ..config.options import DataOptions, UserError
-from .dataset import DataSet, Encoded, Stored, choose_split, describe, local_root, reason_of
+from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem, local_root, reason_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -47,16 +47,6 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # PIL raises whatever its many formats raise
         raise BadSample(f"{name}: {re.sub('<_io.BytesIO object at .*>', 'of it', reason_of(error))}") from None
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data.root: {url!r}: {error}") from None
-    return fs, str(path).rstrip("/")
 
 
 Location = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
@@ -106,7 +96,7 @@ def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
 def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
     """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
     # Not kept between calls: an asynchronous file system does not survive a fork, and fsspec caches one per process.
-    fs, _ = _filesystem(url)
+    fs, _ = filesystem(url)
     results: dict[int, Encoded] = {}
     pending = list(range(len(locations)))
     for pause in (*PAUSES, None):
@@ -124,7 +114,7 @@ def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
     """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored."""
-    fs, base = _filesystem(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()  # another process may have written since
 
     def names(path: str) -> list[str]:
@@ -294,7 +284,7 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
     An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly. Class names come
     from <root>/classes.txt where there is one.
     """
-    fs, base = _filesystem(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()
     tars: dict[str, list[str]] = {}
     for name in ("train", "val", "test"):
