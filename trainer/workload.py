@@ -48,6 +48,7 @@ class Workload(nn.Module):
     channels_last: bool = False  # whether this memory format makes the networks faster
     input_range: tuple[float, float] | None = None  # of images; None: normalised by the data set's mean and deviation
     generates: bool = False  # whether `samples` gives images
+    writes: bool = False  # whether it gives text, which `write` goes on with
     conditional: bool = False  # whether these are of a class that can be chosen
     scalars: Mapping[str, ScalarDisplay] = {"loss": ScalarDisplay(True), "accuracy": ScalarDisplay(True)}
     health_rules: tuple[Rule, ...] = ()  # of this workload alone; those of every generator are in metrics/health.py
@@ -79,3 +80,8 @@ class Workload(nn.Module):
     def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor | str | None:
         """As many images (N, C, H, W) in [-1, 1] as `draws` has rows, or text; None where nothing is generated."""
         return None
+
+    def write(self, draws: Draws, prompt: str, length: int, temperature: float) -> list[str]:
+        """A text for each row of `draws`: the prompt and so many tokens more. Raises ValueError for a prompt of other
+        characters than those of the training text."""
+        raise NotImplementedError

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,9 @@ from ..engines import Keep, engine_of
 from ..test_engine import difference
 from ..workers import on_ranks
 
-SMALL: dict[str, dict[str, Any]] = {"biggan": {"latent": 10, "embedding": 4}, "infogan": {"hidden": 16}}
+SMALL: dict[str, dict[str, Any]] = {
+    "biggan": {"latent": 10, "embedding": 4}, "infogan": {"hidden": 16}, "language": {"written": 12},
+}  # fmt: skip
 NOISY = {"label_smoothing": 0.1, "instance_noise": 0.1, "augment": "color,translation,cutout", "packing": 2}
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in workloads.names()},
@@ -45,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
+    "language, accumulating": {"name": "language", "cell": "gru", "layers": 2, "dropout": 0.2, "tied": True},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
     CASES = {OWN: {"name": OWN}}
@@ -59,6 +63,9 @@ def configure(case: str) -> RunConfig:
     data: dict[str, Any] = {"name": "fake", "samples": 40, "size": 8, "classes": 5, "channels": 1}
     if case == "gan, points":
         data = {"name": "ring8"}
+    if options["name"] == "language":
+        words = {"level": "word", "vocabulary": 20} if "accumulating" in case else {}
+        data = {"name": "text", "root": str(Path(__file__)), "length": 6, **words}
     if own := os.environ.get("CONTRACT_DATA"):
         data = {"name": own}
     return model(
@@ -69,7 +76,9 @@ def configure(case: str) -> RunConfig:
 
 # Of one's own, whether it generates shows in the workload itself.
 GENERATORS = [
-    case for case in CASES if (recipe(configure(case), 1).workload.generates if OWN else case != "classifier")
+    case
+    for case, options in CASES.items()
+    if (recipe(configure(case), 1).workload.generates if OWN else options["name"] not in ("classifier", "language"))
 ]
 
 
