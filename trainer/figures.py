@@ -63,3 +63,4 @@ class ScalarDisplay:
     on_console: bool = False
     label: str = ""  # on the console; default: the scalar's name
     healthy_range: tuple[float, float] | None = None  # where the values of a stable run lie, for the plots
+    baseline: str = ""  # the scalar that is a line in this one's plot, and has no plot of its own

@@ -50,6 +50,7 @@ class Workload(nn.Module):
     input_range: tuple[float, float] | None = None  # of images; None: normalised by the data set's mean and deviation
     generates: bool = False  # whether it makes images: `samples`, or of other images `translate`
     directions: tuple[str, ...] = ()  # in which `translate` goes, the usual one first; none where it cannot
+    writes: bool = False  # whether it makes text, which `write` goes on with
     conditional: bool = False  # whether these are of a class that can be chosen
     scalars: Mapping[str, ScalarDisplay] = {"loss": ScalarDisplay(True), "accuracy": ScalarDisplay(True)}
     health_rules: tuple[Rule, ...] = ()  # of this workload alone; those of every generator are in metrics/health.py
@@ -93,3 +94,8 @@ class Workload(nn.Module):
     def shown(self, held_out: HeldOut, draws: Draws) -> Tensor | str | Figure | None:
         """What to show while training: samples, or what is made of held-out ones."""
         return self.samples(draws)
+
+    def write(self, draws: Draws, prompt: str, length: int, temperature: float) -> list[str]:
+        """A text for each row of `draws`: the prompt and so many tokens more. Raises ValueError for a prompt of other
+        characters than those of the training text."""
+        raise NotImplementedError

@@ -23,7 +23,10 @@ from trainer.config.options import Duration, RunConfig, UserError, data_root, di
 from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
-KNOWN = "known: began, biggan, classifier, dcgan, gan, infogan, r3gan, wgan, wgan_gp, or path/to/file.py"
+KNOWN = (
+    "known: began, biggan, classifier, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, wgan_gp, or "
+    "path/to/file.py"
+)
 MODEL = workloads.config_model("classifier")
 
 
@@ -251,7 +254,7 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
         (["--workload.name", "ganx"], None, f"workload.name: 'ganx' is not known; {KNOWN}"),
         (["--data.name", "cifar"], None, "data.name: 'cifar' is not valid: known: digits, mnist, "
          "fashion_mnist, cifar10, cifar100, lsun, imagenet, folder, shards, pairs, fake, ring8, grid25, stacked_mnist, "
-         "or path/to/file.py:FUNCTION; did you mean 'cifar10'?"),
+         "tinyshakespeare, text, or path/to/file.py:FUNCTION; did you mean 'cifar10'?"),
         (["--optimizer.lr", "abc"], None, "optimizer.lr: 'abc' should be a valid number"),
         (["--optimizer.betas", "0.5"], None, "optimizer.betas.1: missing: give a value"),
         (["--optimizer.betas", "0.5", "1.5"], None, "optimizer.betas.1: 1.5 should be less than 1"),

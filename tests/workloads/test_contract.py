@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "stylegan": {"latent": 8, "mapping_layers": 2, "deviation_group": 2, "r1_every": 2, "ada_steps": 10},
     "pix2pix": {"pairs": "edges"},
     "r3gan": {"group_channels": 4, "blocks": 1, "ramp": 4, "beta2": 0.99},
+    "language": {"written": 12},
 }
 NOISY = {"label_smoothing": 0.1, "instance_noise": 0.1, "augment": "color,translation,cutout", "packing": 2}
 CASES: dict[str, dict[str, Any]] = {
@@ -54,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "r3gan, augmented": {"name": "r3gan", "conditional": False, "augment": "translation", "instance_noise": 0.1},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
     "pix2pix, accumulating": {"name": "pix2pix", "pairs": "low_resolution", "factor": 2, "norm": "instance"},
+    "language, accumulating": {"name": "language", "cell": "gru", "layers": 2, "dropout": 0.2, "tied": True},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
     CASES = {OWN: {"name": OWN}}
@@ -68,6 +71,9 @@ def configure(case: str) -> RunConfig:
     data: dict[str, Any] = {"name": "fake", "samples": 40, "size": 8, "classes": 5, "channels": 1}
     if case == "gan, points":
         data = {"name": "ring8"}
+    if options["name"] == "language":
+        words = {"level": "word", "vocabulary": 20} if "accumulating" in case else {}
+        data = {"name": "text", "root": str(Path(__file__)), "length": 6, **words}
     if own := os.environ.get("CONTRACT_DATA"):
         data = {"name": own}
     return model(
@@ -79,7 +85,7 @@ def configure(case: str) -> RunConfig:
 def from_latents(case: str) -> bool:
     """Whether it generates from nothing but noise; of one's own, the workload itself says so."""
     if not OWN:
-        return CASES[case]["name"] not in ("classifier", "pix2pix")
+        return CASES[case]["name"] not in ("classifier", "language", "pix2pix")
     workload = recipe(configure(case), 1).workload
     return workload.generates and not workload.directions
 

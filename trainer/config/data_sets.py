@@ -20,4 +20,6 @@ DATA_SETS = {
     "ring8": "in_memory:ring8",
     "grid25": "in_memory:grid25",
     "stacked_mnist": "in_memory:stacked_mnist",
+    "tinyshakespeare": "text:tinyshakespeare",
+    "text": "text:text",
 }

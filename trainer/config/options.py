@@ -74,7 +74,7 @@ class DataOptions(Options):
         "digits",
         description=f"The data set: {', '.join(DATA_SETS)}, or path/to/file.py:FUNCTION. `folder` is train/ and "
         "val/ or test/ with a folder per class; `shards` is tar files; `pairs` is train/ and val/ or test/ with A and "
-        "B side by side in each image, or in folders A and B under equal names.",
+        "B side by side in each image, or in folders A and B under equal names; `text` is a file or a folder of *.txt.",
         json_schema_extra={"examples": list(DATA_SETS)},
     )
     root: str | None = None
@@ -108,6 +108,14 @@ class DataOptions(Options):
     """Fake data, image folders, shards and pairs: 1 (grey) or 3 (colour)."""
     direction: Literal["AtoB", "BtoA"] = "AtoB"
     """Pairs only: which of the two images is made of the other; A is the left one."""
+    level: Literal["character", "word"] = "character"
+    """Text only: what its tokens are."""
+    vocabulary: int = Field(5000, ge=1)
+    """Words only: so many of the most frequent ones are tokens; all others are spelled in characters."""
+    length: int = Field(64, ge=1)
+    """Text only: tokens of a window, over which the gradient flows back; the state is carried on to the next one."""
+    ngram: int | None = Field(None, ge=0, le=16)
+    """Text only: order of the n-gram beside each evaluation; 0 is none. Default: 6 for characters, 3 for words."""
 
     @field_validator("name")
     @classmethod
@@ -315,7 +323,7 @@ class RunConfig(_Checked, BaseSettings):
 SAFE_TO_CHANGE = (
     "duration", "evaluate", "checkpoint", "log", "samples", "metrics", "health", "wandb", "run", "threads",
     "data.root", "data.download",
-    "data.workers", "data.resident", "data.bad_images",
+    "data.workers", "data.resident", "data.bad_images", "data.ngram",
 )  # fmt: skip
 
 

@@ -121,6 +121,17 @@ def reason_of(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a data set's root, and the path in it; raises UserError."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"data.root: {url!r}: {error}") from None
+    return fs, str(path).rstrip("/")
+
+
 def local_root(options: DataOptions, root: str) -> Path:
     """The root of a data set that only a local folder can hold."""
     if "://" in root:

@@ -62,6 +62,7 @@ class TokenDescription(Description):
 
     vocabulary: tuple[str, ...]
     length: int  # tokens to predict in a window
+    characters: float = 1.0  # of a token of the training part, on average
 
 
 KINDS: dict[str, type[Description]] = {"images": ImageDescription, "tokens": TokenDescription}

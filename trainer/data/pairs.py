@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config.options import DataOptions, UserError
-from .dataset import DataSet, Encoded, Stored, choose_split, describe
-from .stored import SUFFIXES, BadSample, Files, decode, file_system, names_in
+from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem
+from .stored import SUFFIXES, BadSample, Files, decode, names_in
 
 FIELDS = ("image", "input")  # what is to be made, and what it is made of
 SIZE = 256  # pixels, as in the paper
@@ -71,7 +71,7 @@ def pairs(options: DataOptions, root: str, split: str) -> DataSet:
     train/*.jpg and val/ or test/: A and B side by side in each image;
     train/A/NAME.jpg and train/B/NAME.png, or A/train/NAME.jpg and B/train/NAME.png: in two folders.
     """
-    fs, base = file_system(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()
     by_side = all(fs.isdir(f"{base}/{side}") for side in "AB")
     outer = f"{base}/A" if by_side else base
@@ -97,7 +97,7 @@ def _images(fs: Any, path: str) -> list[str]:
 
 
 def _side_by_side(fs: Any, options: DataOptions, root: str, split: str) -> SideBySide:
-    folder = f"{file_system(root)[1]}/{split}"
+    folder = f"{filesystem(root)[1]}/{split}"
     paths = _images(fs, folder)
     if not paths:
         inside = [p.rpartition("/")[2] for p in names_in(fs, folder)]

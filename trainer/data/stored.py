@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from ..config.options import DataOptions, UserError
-from .dataset import DataSet, Encoded, Stored, choose_split, describe, local_root, reason_of
+from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem, local_root, reason_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -49,16 +49,6 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
         return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # PIL raises whatever its many formats raise
         raise BadSample(f"{name}: {re.sub('<_io.BytesIO object at .*>', 'of it', reason_of(error))}") from None
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data.root: {url!r}: {error}") from None
-    return fs, str(path).rstrip("/")
 
 
 def names_in(fs: Any, path: str) -> list[str]:
@@ -118,7 +108,7 @@ def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
 def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
     """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
     # Not kept between calls: an asynchronous file system does not survive a fork, and fsspec caches one per process.
-    fs, _ = file_system(url)
+    fs, _ = filesystem(url)
     results: dict[int, Encoded] = {}
     pending = list(range(len(locations)))
     for pause in (*PAUSES, None):
@@ -136,7 +126,7 @@ def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
     """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored."""
-    fs, base = file_system(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()  # another process may have written since
     splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
     if "train" not in splits:
@@ -297,7 +287,7 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
     An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly. Class names come
     from <root>/classes.txt where there is one.
     """
-    fs, base = file_system(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()
     tars: dict[str, list[str]] = {}
     for name in ("train", "val", "test"):

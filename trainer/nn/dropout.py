@@ -18,7 +18,8 @@ class Drawn(nn.Module):
 
 
 class Dropout(Drawn):
-    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'.
+    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'; of
+    sequences (B, steps, width) also of elements that are the same in all 'steps'.
 
     As the `noise` of a generator it stays in evaluation, unless there are no draws, as in an exported network.
     """
@@ -39,7 +40,8 @@ class Dropout(Drawn):
         if self.mode == "batch":
             return x / keep if self.draws.shared(self.name).random() < keep else x * 0
         ones = [1] * (x.dim() - 1)
-        shape = {"": list(x.shape[1:]), "channels": [x.shape[1], *ones[1:]], "row": ones}[self.mode]
+        shapes = {"": [*x.shape[1:]], "channels": [x.shape[1], *ones[1:]], "row": ones, "steps": [1, *x.shape[2:]]}
+        shape = shapes[self.mode]
         return x * ((self.draws.uniform(self.name, shape) < keep).to(x.dtype) / keep)
 
 

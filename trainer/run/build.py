@@ -14,7 +14,7 @@ from ..boundary import Boundary
 from ..config.duration import Duration
 from ..config.options import RunConfig, UserError, data_root
 from ..data.dataset import DataSet, plan_of, subsample
-from ..data.description import Batch
+from ..data.description import Batch, Description
 from ..data.loader import BatchLoader
 from ..data.plan import BatchPlan
 from ..data.sources import open_data
@@ -144,11 +144,22 @@ def recipe(
     if workload is None:
         workload = workloads.build(config, data.description)
     else:
+        check_outputs(workload.data, data.description)
         workload.data = data.description  # the networks stay as they are, but this split may have another size
     plan = _plan(config, data, workload, world)
     samples_per_step = plan.batch_size * workload.batches_per_step
     limits = _limits(config, samples_per_step, plan.size)
     return Recipe(config, data, workload, plan, samples_per_step, limits)
+
+
+def check_outputs(trained: Description, here: Description) -> None:
+    """Raises UserError where a trained network's outputs would stand for something else on this data."""
+    for name in ("classes", "vocabulary"):
+        if getattr(trained, name, None) != getattr(here, name, None):
+            raise UserError(
+                f"data.root: the data there has another {name} than the run was trained with: "
+                f"set data.root to that data, or train another run on this"
+            )
 
 
 def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> BatchPlan:

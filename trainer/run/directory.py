@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,9 +28,9 @@ from ..tracking import render
 from ..tracking.console import Console
 from ..tracking.sinks import open_sinks
 from ..tracking.tracker import Silent, Tracker
-from .build import Recipe, run_url
+from .build import Recipe, check_outputs, run_url
 from .checkpoints import Checkpoints
-from .opened import load_config
+from .opened import UnreadableDescription, description_of, load_config
 from .outcome import OutcomeFile, print_result, reached
 from .pictures import Pictures
 from .rollbacks import Rollbacks
@@ -99,6 +100,8 @@ class RunDirectory:
         if self.checkpoints.store.folders() and self.storage.exists("config.yaml"):
             stored = load_config(self.storage.read("config.yaml").decode(), f"{self.storage}/config.yaml")
             check_resume(self.config, stored, self.config.run.force_resume, self.tracker.note)
+            with contextlib.suppress(UnreadableDescription):  # of another version: it is written again
+                check_outputs(description_of(self.storage), self.recipe.data.description)
         outcome = self.outcome.read()
         if not reached(outcome, self.recipe.limits):
             return {}
@@ -210,6 +213,8 @@ class RunDirectory:
         note(f"  metrics     {here}/metrics")
         if self.tracker.records:
             note(f"  pictures    {here}/samples/*.png")
+        if self.recipe.workload.writes:
+            note(f"  texts       {here}/samples/*.txt")
         for line in goodput.table() if goodput.attempts > 1 else ():
             note(line)
 
