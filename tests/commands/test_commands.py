@@ -193,6 +193,13 @@ def test_what_cannot_be_predicted_is_one_line(
     assert err[0].endswith(expected.rpartition("<image>")[2])
 
 
+def test_a_classifier_translates_nothing(trained: Finished, ask: Ask, tmp_path: Path) -> None:
+    save_digit(tmp_path / "digit.png")
+    code, _, err = ask("translate", trained.url, "digit.png")
+    mistake = f"error: {trained.url}: classifier translates nothing: give the run of pix2pix or cyclegan"
+    assert (code, err) == (2, [mistake])
+
+
 # export
 
 

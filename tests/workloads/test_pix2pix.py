@@ -88,16 +88,17 @@ def test_the_losses_follow_their_formulas() -> None:
 
 
 def test_the_generator_learns_from_the_outputs_that_were_just_judged() -> None:
-    workload = pix2pix()
-    batch = {"image": images()}
-    passes = []
+    workload, batch = pix2pix(), {"image": images()}
+    first, last = (replace(draws(), scope=(0, "phase", 0, micro_batch)) for micro_batch in (0, 1))
+    passes: list[int] = []
     workload.generator.register_forward_hook(lambda *_: passes.append(1))
-    workload.discriminator_loss(batch, draws())
-    workload.generator_loss(batch, draws())
-    assert len(passes) == 1
+    for micro_batch, so_far in ((first, 1), (last, 2)):
+        workload.discriminator_loss(batch, micro_batch)
+        assert len(passes) == so_far
+    for micro_batch, so_far in ((first, 3), (last, 3)):  # only those of the last micro-batch are still there
+        workload.generator_loss(batch, micro_batch)
+        assert len(passes) == so_far
     assert workload._kept is None
-    workload.generator_loss(batch, draws())  # as on a step whose discriminator's phase saw another micro-batch last
-    assert len(passes) == 2
 
 
 def test_without_the_adversary_there_is_one_phase_and_one_network() -> None:
