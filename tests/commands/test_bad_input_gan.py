@@ -70,6 +70,19 @@ SIZES = "use a size that is 4, 5, 6 or 7 times a power of two, from 8 to 1024, s
             "workload.r1: 1.0 is no setting of began, whose discriminator rebuilds images: remove it",
         ),
         (
+            gan("stylegan", size=28),
+            "data.size: stylegan cannot make images of 28 pixels: use a power of two from 8 to 1024, such as 32, 64 or "
+            "256",
+        ),
+        (
+            gan("stylegan", "--workload.augment", "color"),
+            "workload.augment: ('color',) is no setting of stylegan, which has workload.ada_target for it: remove it",
+        ),
+        (
+            gan("stylegan", "--workload.deviation_group", "3"),
+            "batch_size: 8 is no multiple of 3, the samples that are judged together",
+        ),
+        (
             gan("dcgan", "--workload.packing", "3"),
             "batch_size: 8 is no multiple of 3, the samples that are judged together",
         ),

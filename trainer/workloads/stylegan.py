@@ -37,8 +37,8 @@ class Options(AdversarialOptions):
     refuses: ClassVar[dict[str, str]] = {
         "spectral_norm": "whose learning rates are equalised instead",
         "gradient_penalty": "whose penalty is r1",
-        "packing": "whose discriminator compares samples: see workload.deviation_group",
-        "augment": "which augments by itself: see workload.ada_target",
+        "packing": "which has workload.deviation_group for it",
+        "augment": "which has workload.ada_target for it",
     }
 
     latent: int = Field(512, ge=1, le=8192)
@@ -92,7 +92,7 @@ class StyleGan(Adversarial):
     # Training.
 
     def _full_precision(self, due: bool) -> contextlib.AbstractContextManager[Any]:
-        """For a pass that is differentiated twice."""
+        """For what is differentiated twice: the pass, and its first gradient."""
         return torch.autocast(self.ada_p.device.type, enabled=False) if due else contextlib.nullcontext()
 
     def r1_due(self, draws: Draws) -> bool:
@@ -117,18 +117,19 @@ class StyleGan(Adversarial):
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         """The penalty is of the real images as they are, before their augmentation, and shares their forward pass."""
-        options, due = self.options, self.r1_due(draws)
+        options, due, penalty = self.options, self.r1_due(draws), None
         fakes = self.detached_fakes(batch, draws)
         images = batch["image"].detach().requires_grad_(due)
         with self._full_precision(due):
             real = self.discriminate(self.augment_inputs((images,), draws, "real"), None, draws)
+            if due:
+                (gradient,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+                penalty = options.r1 / 2 * options.r1_every * gradient.square().sum((1, 2, 3)).mean()
         fake = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), None, draws)
         loss = self.criterion.discriminator(real, fake, options.label_smoothing)
         scalars = self.signals(loss, real, fake)
         scalars |= {"real_sign": real.detach().sign().mean(), "ada_p": self.ada_p.clone()}
-        if due:
-            (gradient,) = torch.autograd.grad(real.sum(), images, create_graph=True)
-            penalty = options.r1 / 2 * options.r1_every * gradient.square().sum((1, 2, 3)).mean()
+        if penalty is not None:
             loss = loss + penalty
             scalars["r1"] = penalty.detach()
         return loss, scalars
@@ -139,7 +140,8 @@ class StyleGan(Adversarial):
         loss = self.criterion.generator(logits)
         scalars = {"generator_loss": loss.detach()}
         if self.path_length_due(draws):
-            lengths = path_lengths(fakes.views[0], fakes.z, draws)
+            with self._full_precision(True):
+                lengths = path_lengths(fakes.views[0], fakes.z, draws)
             penalty = (lengths - self.mean_path_length).square().mean()
             loss = loss + options.path_length * options.path_length_every * penalty
             scalars["path_length"] = lengths.detach().mean()
@@ -148,7 +150,9 @@ class StyleGan(Adversarial):
     def after_step(self, step: int, means: Scalars) -> None:
         super().after_step(step, means)
         if "path_length" in means:
-            self.mean_path_length.lerp_(means["path_length"].to(self.mean_path_length.dtype), PATH_DECAY)
+            every = self.options.path_length_every
+            share = max(PATH_DECAY, every / (step + every))  # the mean of all at first, so that the initial 0 is gone
+            self.mean_path_length.lerp_(means["path_length"].to(self.mean_path_length.dtype), share)
         if self.options.ada_target:
             # Rounded, since the mean of a batch may lie on the target, where the order of a sum would decide.
             direction = ((means["real_sign"] - self.options.ada_target) * 1e4).round().sign()
@@ -447,7 +451,10 @@ class Down(nn.Module):
 def with_deviation(x: Tensor, group: int) -> Tensor:
     """One more channel: the deviation within each group of consecutive samples, averaged over all else (Karras et al.
     2018), by which a discriminator sees that fakes are alike."""
-    variance = x.unflatten(0, (-1, group)).var(1, correction=0)
+    groups = x.unflatten(0, (-1, group))
+    variance = (
+        (groups - groups.mean(1, keepdim=True)).square().mean(1)
+    )  # torch.var is slow where memory is not in order
     deviation = (variance + 1e-8).sqrt().mean((1, 2, 3)).repeat_interleave(group)
     return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:])], 1)
 
