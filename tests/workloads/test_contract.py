@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "began, normalised": {"name": "began", "norm": "batch"},
     "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
-    "r3gan, augmented": {"name": "r3gan", "conditional": False, "augment": "translation", "instance_noise": 0.1},
+    "r3gan, augmented": {"name": "r3gan", "conditional": False, "augment_p": 0.8, "instance_noise": 0.1},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
