@@ -45,9 +45,9 @@ def squared_norm_by_hand(workload: R3Gan, images: Tensor, labels: Tensor, name: 
     return torch.stack([gradient[row].square().sum() for row, gradient in enumerate(gradients)])
 
 
-@pytest.mark.parametrize("augment", ["", "color,translation"])
-def test_the_discriminator_has_the_loss_of_pairs_and_both_penalties(augment: str) -> None:
-    workload, data = r3gan(gamma=(0.4, 0.1), augment=augment), batch()
+@pytest.mark.parametrize("augmentation", [{}, {"augment": "color,translation"}, {"augment_p": 0.8, "ramp": 0}])
+def test_the_discriminator_has_the_loss_of_pairs_and_both_penalties(augmentation: dict[str, object]) -> None:
+    workload, data = r3gan(gamma=(0.4, 0.4), **augmentation), batch()
     loss, scalars = workload.discriminator_loss(data, draws())
     fakes = workload.generate_fakes(data, draws()).views[0].detach()
     real, fake = (
@@ -139,6 +139,7 @@ def test_what_moves_over_the_ramp_follows_half_a_cosine_and_then_stays() -> None
     assert [options.ramped(step, *options.gamma) for step in (0, 50, 100, 1000)] == pytest.approx([1, 0.6, 0.2, 0.2])
     assert options.ramped(25, 0, 1) == pytest.approx(0.5 - 0.5 * math.sqrt(0.5))
     assert r3gan(ramp=0).options.progress(0) == 1
+    assert torch.equal(*(r3gan(augment_p=p).augment_inputs((batch()["image"],), draws(), "real")[0] for p in (0, 1)))
     seen = []
     for step in (0, 50, 1000):
         workload.discriminator_loss(batch(), draws(step))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..config.options import OptimizerOptions
 from ..data.description import Batch, ImageDescription
 from ..figures import ScalarDisplay
-from ..gan.adversarial import Adversarial, AdversarialOptions
+from ..gan.ada import augment
+from ..gan.adversarial import Adversarial, AdversarialOptions, Views
 from ..gan.criteria import displays
 from ..gan.dcgan import halvings
 from ..nn.conv import Conv2d, convolve
@@ -55,8 +56,10 @@ class Options(AdversarialOptions):
     """Weight of the penalties gamma/2 |gradient|^2 at real and at fake images, first and after the ramp."""
     beta2: float | None = Field(None, ge=0, lt=1)
     """Adam's beta2 after the ramp; it begins at that of optimizer.betas. Default: it stays there."""
+    augment_p: float = Field(0.0, ge=0, le=1)
+    """Probability of each of ADA's augmentations (Karras et al. 2020) after the ramp; it begins at 0. 0 is off."""
     ramp: int = Field(10_000, ge=0)
-    """Steps in which gamma, beta2 and the memory of the weight average get to their last values."""
+    """Steps in which gamma, beta2, augment_p and the memory of the weight average get to their last values."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the moving average of the generator's weights after the ramp; it begins with no memory. 0 is off."""
 
@@ -100,6 +103,11 @@ class R3Gan(Adversarial):
             raise ValueError(f"workload.gamma: {list(options.gamma)} has a negative weight: use zero or more")
         if options.beta2 is not None and optimizer.name not in ("adam", "adamw"):
             raise ValueError(f"workload.beta2: {optimizer.name} has none: remove it, or use optimizer.name adam")
+
+    def augment_inputs(self, views: Views, draws: Draws, name: str) -> Views:
+        if probability := self.options.ramped(draws.step, 0.0, self.options.augment_p):
+            views = tuple(augment(view, probability, draws, name) for view in views)
+        return super().augment_inputs(views, draws, name)
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         self.set_beta2(draws.step)
