@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .. import workloads
 from ..config.options import RunConfig, UserError
-from ..config.settings import build_config, read_file, takes_no_value
+from ..config.settings import build_config, read_file, run_name, takes_no_value
 from ..config.user_code import digests
 
 DEFAULT_FILE = Path(__file__).parents[1] / "digits_cnn.yaml"  # what is trained where no config is given
@@ -71,7 +70,4 @@ def read_config(words: Sequence[str], program: str, description: str) -> tuple[R
     values.pop("code", None)  # of an earlier run's config
     config = build_config(model, values, flags, program, description)
     config = config.model_copy(update={"code": digests(config)})
-    stem = Path(file or DEFAULT_FILE).stem
-    if file and stem == "config":  # a run directory's own config
-        stem = Path(file).absolute().parent.name
-    return config, re.sub(r"[^A-Za-z0-9._-]", "_", stem)
+    return config, run_name(file or str(DEFAULT_FILE))

@@ -6,7 +6,6 @@ that is killed and resumed, whose result must equal that of an uninterrupted run
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import socket
@@ -24,10 +23,11 @@ import torch
 from ..config.options import RunConfig, UserError, data_root, dump
 from ..data.dataset import DataSet
 from ..data.description import ImageDescription
-from ..distributed.process import LaunchError, cores
+from ..distributed.process import LaunchError, cores, first_error, without_launcher
 from ..nn.row_state import fresh_rows
 from ..randomness import Draws
 from ..run.build import Recipe, open_run_data, recipe, run_url
+from ..run.feature_classifier import FeatureClassifier
 from ..storage.objects import Storage, StorageError
 from .common import peek, read_config
 
@@ -61,6 +61,7 @@ class _Doctor:
         self.config, self.name, self.ranks = config, name, ranks
         self.data: DataSet | None = None
         self.recipe: Recipe | None = None
+        self.untrained: FeatureClassifier | None = None
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "versions", self.versions
@@ -68,6 +69,8 @@ class _Doctor:
         yield "storage", self.storage
         if self.data is not None:
             yield "network", self.network
+        if self.untrained is not None:
+            yield "features", self.features
         if self.recipe is not None:
             yield "memory", self.memory
             yield f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", self.trial
@@ -104,11 +107,18 @@ class _Doctor:
         return f"{storage}: may write, list, read and delete"
 
     def network(self) -> str:
-        self.recipe = recipe(self.config, self.ranks, data=self.data)
-        self.recipe.check()
-        workload = self.recipe.workload
+        parts = recipe(self.config, self.ranks, data=self.data)
+        parts.check()
+        self.untrained, self.recipe = parts.untrained, parts
+        workload = parts.workload
         count = sum(p.numel() for p in workload.parameters() if p.requires_grad)
         return f"{self.config.workload.name}: {count:,} parameters, phases {', '.join(p.name for p in workload.phases)}"
+
+    def features(self) -> str:
+        """The trial does without them: it lasts seconds."""
+        assert self.untrained is not None
+        self.untrained.check()
+        return f"{self.untrained} is not trained yet: the run will do that first, into {self.untrained.url}"
 
     def memory(self) -> str:
         """Bytes a rank needs: what is fixed, and the activations that the backward pass needs of one sample."""
@@ -180,6 +190,7 @@ class _Doctor:
             "log": c.log.model_copy(update={"every": "1 step"}),
             "evaluate": c.evaluate.model_copy(update=evaluation),
             "checkpoint": c.checkpoint.model_copy(update={"every": f"{SAVE_EVERY} steps", "keep": STEPS}),
+            "metrics": c.metrics.model_copy(update={"features": "pixels"}) if self.untrained else c.metrics,
             "wandb": c.wandb.model_copy(update={"mode": "disabled"}),
             "schedule": c.schedule.model_copy(update={"warmup": "2 steps"}),
         })  # fmt: skip
@@ -191,9 +202,10 @@ class _Doctor:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRAINER_", "SLURM_", "TORCHELASTIC"))}
-        environment |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, cores() // self.ranks))}  # fmt: skip
+        environment = without_launcher() | {
+            "WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, cores() // self.ranks)),
+        }  # fmt: skip
         log = folder.with_suffix(".log")
         with log.open("w") as output:
             processes = [
@@ -212,10 +224,7 @@ class _Doctor:
                 process.send_signal(signal.SIGKILL)
         codes = [process.wait() for process in processes]
         if not killed and any(codes):
-            lines = log.read_text().splitlines()
-            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
-            reason = (errors or lines[-1:] or ["no output"])[0]
-            raise UserError(f"the trial run ended with exit codes {codes}: {reason}")
+            raise UserError(f"the trial run ended with exit codes {codes}: {first_error(log.read_text())}")
         return "killed half-way" if killed else "ended before it could be killed"
 
 

@@ -209,8 +209,9 @@ class MetricsOptions(Options):
     """How generated images are evaluated, against as many held-out ones."""
 
     features: str = "pixels"
-    """What they are compared by: pixels (8x8), the URL of a run that trained a classifier, or inception:FILE, the
-    weights of torch-fidelity's Inception. The name of every score says which."""
+    """What they are compared by: pixels (8x8); the config of a classifier, such as configs/mnist_lenet5.yaml, which is
+    trained first where it is missing; the URL of a run that trained one; or inception:FILE, the weights of
+    torch-fidelity's Inception. The name of every score says which."""
     neighbours: int = Field(5000, ge=6)
     """Samples for KID, precision, recall, density and coverage, which compare every pair."""
     cache: str | None = None

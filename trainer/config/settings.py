@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -44,6 +45,13 @@ def read_file(path: str) -> dict[str, Any]:
         return yaml_file.read_file(path)
     except yaml_file.YamlError as error:
         raise UserError(str(error)) from None
+
+
+def run_name(path: str) -> str:
+    """What a run is called after its config file, or after its folder where that is a run directory's own config."""
+    file = Path(path)
+    stem = file.absolute().parent.name if file.stem == "config" else file.stem
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem)
 
 
 def config_class(*workloads: type[WorkloadOptions], default: WorkloadOptions | None = None) -> type[RunConfig]:

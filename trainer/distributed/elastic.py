@@ -53,12 +53,12 @@ def agree_on_attempt(store: Any, rank: int, world: int, timeout: datetime.timede
     return name
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when torchrun is gone: orphans would keep training next to their successors."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel end this process when its parent is gone: orphans would keep training next to their successors."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it was gone already
         os.kill(os.getpid(), signal.SIGKILL)

@@ -57,6 +57,25 @@ class ProcessInfo:
         return cls()
 
 
+_LAUNCHER = re.compile(r"(SLURM|TORCHELASTIC|LAUNCH|GROUP|ROLE|LOCAL|MASTER)_|(RANK|WORLD_SIZE)$")
+
+
+def without_launcher() -> dict[str, str]:
+    """The environment of a process that is a run of its own, alone: neither the ranks nor the settings of this one."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not _LAUNCHER.match(name) and (not name.startswith("TRAINER_") or name == "TRAINER_DATA")
+    }
+
+
+def first_error(output: str) -> str:
+    """What a process of the trainer that has failed complains of: its error, else its last line."""
+    lines = output.split("\n")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return next(iter(errors or [line for line in lines[::-1] if line.strip()]), "no output")
+
+
 def first_host(nodes: str) -> str:
     """The first name of a Slurm node list such as 'gpu[03-05,9],login1'."""
     match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)

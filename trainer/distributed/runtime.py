@@ -70,6 +70,7 @@ class Runtime:
         if self.device.type == "cpu":
             _keep_freed_memory()
         self.rank, self.world, self.main = process.rank, process.world, process.rank == 0
+        self.local_world, self.local_main = process.local_world, process.local_rank == 0
         self._agents = process.agents
         self.batch_norm = batch_norm
         self.precision = ("bf16" if accelerated else "fp32") if precision == "auto" else precision

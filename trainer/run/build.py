@@ -26,6 +26,7 @@ from ..services import Saver, Tracker
 from ..state import Mismatch, TrainState
 from ..storage.checkpoint import Checkpoint
 from ..workload import Workload
+from .feature_classifier import FeatureClassifier, Untrained
 from .reference import Reference, open_reference
 
 
@@ -53,7 +54,16 @@ class Recipe:
 
     def check(self) -> None:
         """Raises UserError for what would show later only, when the process group is up."""
-        _ = self.evaluator, self.schedule
+        _ = self.schedule, self.untrained
+
+    @property
+    def untrained(self) -> FeatureClassifier | None:
+        """What has to be trained before there is an evaluator; raises UserError."""
+        try:
+            _ = self.evaluator
+        except Untrained as missing:
+            return missing.classifier
+        return None
 
     @cached_property
     def schedule(self) -> Schedule:

@@ -17,12 +17,15 @@ EXIT_SECONDS = 600.0  # how long the end of a run waits for its last checkpoint
 
 class Checkpoints:
     def __init__(
-        self, store: CheckpointStore, lease: Lease, tracker: Tracker, *, headline: str, maximise: bool,
+        self, store: CheckpointStore, lease: Lease, tracker: Tracker, *, best: Callable[[list[int]], int | None],
         keep: int, keep_every: Every, saved: Callable[[float], None], rescue: Path,
     ) -> None:  # fmt: skip
-        """Keeps the newest `keep`, the best, and one every `keep_every`. `saved` gets the seconds of each save."""
+        """Keeps the newest `keep`, the best, and one every `keep_every`.
+
+        `best` tells which of some steps has the best evaluation; `saved` gets the seconds of each save.
+        """
         self.store, self.lease, self.tracker = store, lease, tracker
-        self.headline, self.maximise = headline, maximise
+        self.best = best
         self.keep, self.keep_every, self.saved, self.rescue = keep, keep_every, saved, rescue
         self.unsaved: Checkpoint | None = None
 
@@ -52,9 +55,6 @@ class Checkpoints:
     def prune(self) -> None:
         best = self.best(self.store.steps())
         self.store.prune(self.keep, lambda step: step == best or self.keep_every.due(step))
-
-    def best(self, among: list[int]) -> int | None:
-        return self.tracker.best(self.headline, self.maximise, among)
 
     def go_back(self, before: int) -> int:
         """Delete what came after the best checkpoint from before a step; returns its step, 0 where there is none.

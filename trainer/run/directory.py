@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..boundary import Boundary, Outcome
 from ..config.options import RunConfig, UserError, differences, dump, is_safe
-from ..config.status import exit_code
+from ..config.status import REASONS, Status, exit_code
 from ..data.description import to_json
 from ..distributed.runtime import Runtime
 from ..figures import Figure
@@ -48,6 +48,9 @@ class NullDirectory:
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
         return exit_code(outcome.status)
 
+    def stopped(self, status: Status, signal: str) -> int:
+        return exit_code(status)
+
     def refused(self, outcome: Outcome) -> None: ...
     def crashed(self, error: BaseException) -> None: ...
     def close(self) -> None: ...
@@ -64,10 +67,9 @@ class RunDirectory:
         self.lease = Lease(self.storage)
         self.log = MetricLog(self.storage)
         self.tracker = Tracker(self.log, console)
-        evaluator, config = recipe.evaluator, recipe.config
         self.checkpoints = Checkpoints(
-            CheckpointStore(self.storage.at("checkpoints")), self.lease, self.tracker, headline=evaluator.headline,
-            maximise=evaluator.maximise, keep=config.checkpoint.keep, keep_every=recipe.limits.keep,
+            CheckpointStore(self.storage.at("checkpoints")), self.lease, self.tracker, best=self.best,
+            keep=self.config.checkpoint.keep, keep_every=recipe.limits.keep,
             saved=runtime.deadline.saved, rescue=Path("runs") / f"{name}-rescued" / "checkpoints",
         )  # fmt: skip
         self.pictures = Pictures(self.storage, self.tracker, name)
@@ -92,6 +94,11 @@ class RunDirectory:
 
     def show(self, step: int, samples: Tensor | str | Figure) -> None:
         self.pictures.show(step, samples)
+
+    def best(self, among: list[int]) -> int | None:
+        """The step with the best evaluation."""
+        evaluator = self.recipe.evaluator  # there is none yet when the directory is taken
+        return self.tracker.best(evaluator.headline, evaluator.maximise, among)
 
     # Resuming.
 
@@ -217,6 +224,15 @@ class RunDirectory:
             note(f"  texts       {here}/samples/*.txt")
         for line in goodput.table() if goodput.attempts > 1 else ():
             note(line)
+
+    def stopped(self, status: Status, signal: str) -> int:
+        """The run was asked to stop before it could train. Returns the exit code."""
+        step, reason = max(self.checkpoints.store.steps(), default=0), REASONS[status].format(signal=signal)
+        self.tracker.note(f"{status} at step {step}, before training: {reason}")
+        result = {"status": status, "step": step, "run": str(self.storage)}
+        self.outcome.write({**result, "reason": reason})
+        print_result(result)
+        return exit_code(status)
 
     def refused(self, outcome: Outcome) -> None:
         self.outcome.refused(outcome)

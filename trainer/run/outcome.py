@@ -15,16 +15,20 @@ from ..tracking.tracker import Tracker
 NAME = "outcome.json"
 
 
+def read_outcome(storage: Storage) -> dict[str, Any]:
+    """How a run ended; empty where there is no file, or none that can be read."""
+    try:
+        return dict(json.loads(storage.read(NAME)))
+    except (StorageError, ValueError, TypeError):
+        return {}
+
+
 class OutcomeFile:
     def __init__(self, storage: Storage, lease: Lease, tracker: Tracker) -> None:
         self.storage, self.lease, self.tracker = storage, lease, tracker
 
     def read(self) -> dict[str, Any]:
-        """Empty where there is none, or none that can be read."""
-        try:
-            return json.loads(self.storage.read(NAME))
-        except (StorageError, ValueError):
-            return {}
+        return read_outcome(self.storage)
 
     def write(self, outcome: dict[str, Any]) -> None:
         if self.lease.lost:  # the directory is another job's, and so is its outcome

@@ -23,6 +23,7 @@ from ..metrics.evaluator import Totals
 from ..metrics.features import Features, Inception, Penultimate, PerChannel, Pixels
 from ..metrics.scores import SampleScores, shuffled
 from ..storage.objects import Storage, StorageError
+from .feature_classifier import Untrained, feature_classifier
 from .opened import open_run
 
 
@@ -33,7 +34,16 @@ class Reference:
         self.scores, self.cache = scores, cache
 
     def prepare(self, loader: BatchLoader, runtime: Runtime) -> None:
-        """Take the statistics of the real images, from the cache where it has them; every rank does its share."""
+        """Take the statistics of the real images, from the cache where it has them; every rank does its share.
+
+        Raises UserError on all ranks, also where they do not have the same features.
+        """
+        labels = runtime.gather(self.scores.features.label)
+        if other := next((rank for rank, label in enumerate(labels) if label != labels[0]), 0):
+            raise UserError(
+                f"metrics.features: rank 0 has {labels[0]}, rank {other} has {labels[other]}: use one run for "
+                f"all, in a shared folder or copied to every machine"
+            )
         file = self._name(loader) if runtime.main and self.cache else ""
         groups = runtime.broadcast_groups(self._cached(file) if runtime.main else None)
         if not groups:
@@ -98,7 +108,7 @@ def _labels(split: Split) -> Tensor:
 
 
 def open_reference(config: RunConfig, data: Description) -> Reference:
-    """What a config compares generated images with; raises UserError."""
+    """What a config compares generated images with; raises UserError, Untrained where a classifier can be trained."""
     wanted = config.metrics.features
     assert isinstance(data, ImageDescription), "only images are compared"
     if data.eval_size < 6:
@@ -111,6 +121,10 @@ def open_reference(config: RunConfig, data: Description) -> Reference:
         features = Pixels(data)
     elif wanted.startswith("inception:"):
         features = _inception(wanted.partition(":")[2])
+    elif (trained := feature_classifier(config)) is not None:
+        if not trained.finished():
+            raise Untrained(trained)
+        features = _classifier(trained.url, data)
     else:
         features = _classifier(wanted, data)
     try:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..boundary import Boundary, Outcome
 from ..config.options import RunConfig, UserError
+from ..config.status import Status
 from ..distributed.deadline import Deadline, end_of_job
 from ..distributed.process import ProcessInfo
 from ..distributed.runtime import Runtime
@@ -20,6 +21,7 @@ from ..storage.metric_log import TIMING
 from ..storage.objects import StorageError
 from .build import Recipe, recipe
 from .directory import NullDirectory, RunDirectory
+from .feature_classifier import train_missing
 
 T = TypeVar("T")
 FLOORS = 3.0  # below so many floors a FID is good, and its ratio to the best one noise
@@ -38,6 +40,17 @@ def agreed(runtime: Runtime, work: Callable[[], T]) -> T:
     if problem:
         raise UserError(problem)
     return runtime.broadcast(value)
+
+
+def all_can(runtime: Runtime, work: Callable[[], object]) -> None:
+    """Do something on every rank; what any of them raises for the user, all raise."""
+    problem = ""
+    try:
+        work()
+    except UserError as error:
+        problem = str(error)
+    if problem := next(filter(None, runtime.gather(problem)), ""):
+        raise UserError(problem)
 
 
 def train(config: RunConfig, name: str) -> int:
@@ -86,6 +99,9 @@ class Session:
         try:
             if agreed(self.runtime, self.open):
                 return 0
+            if signal := train_missing(self.recipe.untrained, self.runtime, self.directory.tracker.note):
+                return self.stopped(signal)
+            all_can(self.runtime, lambda: self.recipe.evaluator)
             boundary, outcome = self.attempt()
             while self.should_roll_back(outcome):
                 self.roll_back(outcome)
@@ -111,6 +127,11 @@ class Session:
         """On rank 0: take the directory. True where the run is done already."""
         self.directory = directory = RunDirectory(self.recipe, self.name, self.runtime)
         return bool(directory.check_resume())
+
+    def stopped(self, signal: str) -> int:
+        """Before there was anything to train with. Returns the exit code."""
+        status: Status = "time_limit" if self.runtime.deadline.is_time_limit(signal) else "preempted"
+        return self.runtime.exit_code(self.directory.stopped(status, signal), status)
 
     def find(self) -> tuple[Resumed, Groups | None]:
         """On rank 0: the newest valid checkpoint and what was logged before."""
