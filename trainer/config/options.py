@@ -114,8 +114,8 @@ class DataOptions(Options):
     """Words only: so many of the most frequent ones are tokens; all others are spelled in characters."""
     length: int = Field(64, ge=1)
     """Text only: tokens of a window, over which the gradient flows back; the state is carried on to the next one."""
-    ngram: int | None = Field(None, ge=0, le=16)
-    """Text only: order of the n-gram beside each evaluation; 0 is none. Default: 6 for characters, 3 for words."""
+    ngram: int = Field(6, ge=0, le=16)
+    """Text only: order of the n-gram that each evaluation stands beside; 0 is none."""
 
     @field_validator("name")
     @classmethod

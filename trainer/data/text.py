@@ -24,7 +24,6 @@ from .description import TokenDescription
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 HELD_OUT = 0.1  # of the text, its end
 PIECES = re.compile(r" ?\w+(?:['’]\w+)*| ?[^\w\s]|\s")  # words and signs with the space before them; all of a text
-ORDER = {"character": 6, "word": 3}  # of the n-gram where no other is asked for: the best ones on tinyshakespeare
 
 
 class Tokenizer:
@@ -55,10 +54,13 @@ class Tokenizer:
 
 
 def vocabulary_of(text: str, words: int) -> tuple[str, ...]:
-    """All characters of a text and `UNKNOWN`, then so many of its most frequent words; in an order of their own."""
+    """All characters of a text and `UNKNOWN`, then so many of its most frequent words.
+
+    A word that occurs once is none of them: what is rare must be spelled in training too.
+    """
     characters = sorted({*text, UNKNOWN})
     counts = Counter(PIECES.findall(text)) if words else Counter()
-    frequent = (piece for piece, _ in counts.most_common() if len(piece) > 1)
+    frequent = (piece for piece, count in counts.most_common() if count > 1 and len(piece) > 1)
     return (*characters, *itertools.islice(frequent, words))
 
 
@@ -116,9 +118,8 @@ def _data_set(options: DataOptions, text: str, where: str, split: str) -> DataSe
                 f"part of {where!r}, which has {len(tokens)}: lower data.length or take a longer text"
             )
     fields = {"tokens": _windows(other, options.length)}
-    order = ORDER[options.level] if options.ngram is None else options.ngram
-    if order:
-        nats = ngram.nats(train.numpy(), other.numpy(), len(vocabulary), order)
+    if options.ngram:
+        nats = ngram.nats(train.numpy(), other.numpy(), len(vocabulary), options.ngram)
         fields["ngram_nats"] = _windows(torch.from_numpy(nats), options.length)[:, 1:]
     parts = Memory({"tokens": _windows(train, options.length)}, ()), Memory(fields, ())
     description = TokenDescription(
