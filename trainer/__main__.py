@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate": "evaluate a checkpoint on its held-out data",
     "predict": "label images with a checkpoint",
     "sample": "generate images with a checkpoint of a GAN",
+    "dream": "change an image until a layer sees more in it (deep dream)",
+    "stylize": "draw an image in the style of another (style transfer)",
     "export": "write a checkpoint as safetensors, torch.export program or ONNX",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "doctor": "check config, data, storage and resuming before a long run",
