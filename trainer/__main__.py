@@ -21,6 +21,8 @@ COMMANDS = {
     "predict": "label images with a checkpoint",
     "sample": "generate images, or text, with a checkpoint",
     "translate": "turn images into others with a checkpoint of pix2pix",
+    "dream": "change an image until a layer sees more in it (deep dream)",
+    "stylize": "draw an image in the style of another (style transfer)",
     "export": "write a checkpoint as safetensors, torch.export program or ONNX",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "doctor": "check config, data, storage and resuming before a long run",

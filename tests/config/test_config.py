@@ -247,8 +247,8 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
         (["--accumulation", "64"], None, "accumulation: 64 micro-batches cannot be cut from a batch of 32: "
          "lower accumulation or raise batch_size"),
         (["--workload.network", "cnnn"], None, "workload.network: 'cnnn' is not valid: known networks: softmax, fnn, "
-         "cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101, resnet152, "
-         "torchvision:NAME, path/to/net.py:Net"),
+         "cnn, lenet5, vgg_small, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101, "
+         "resnet152, torchvision:NAME, path/to/net.py:Net"),
         (["--workload.network", "torchvision:resnet17"], None, "workload.network: 'torchvision:resnet17' is not valid: "
          "torchvision has no such classification model; it has: resnet18, resnet152, resnet101"),
         (["--workload.name", "ganx"], None, f"workload.name: 'ganx' is not known; {KNOWN}"),
