@@ -50,6 +50,8 @@ def test_a_config_takes_its_first_steps(path: Path, tmp_path: Path, real_data: s
             arguments += ["--workload.discriminator_steps", "2"]
     if data.startswith("cifar"):
         arguments += ["--data.name", "fake", "--data.samples", "64", "--batch_size", "8"]
+    elif data == "tinyshakespeare":
+        arguments += ["--data.name", "text", "--data.root", __file__, "--data.length", "8"]
     elif data == "imagenet":
         folder(str(tmp_path / "imagenet"), {"train": 2, "val": 2})
         arguments += ["--data.root", tmp_path, "--batch_size", "2", "--data.size", "64", "--data.workers", "1"]
@@ -63,7 +65,7 @@ def test_a_config_takes_its_first_steps(path: Path, tmp_path: Path, real_data: s
 def test_a_header_holds_a_measurement_or_says_that_there_is_none(path: Path) -> None:
     text = " ".join(header(path))
     assert f"configs/{path.name}" in text
-    measured = re.search(r"Seeds? \d.* on .*, torch \d\.\d+, .*: .*(\d %|FID \d)", text)
+    measured = re.search(r"Seeds? \d.* on .*, torch \d\.\d+, .*: .*(\d %|FID \d|\d bits)", text)
     assert bool(measured) != ("NOT YET RUN" in text)
 
 

@@ -121,6 +121,9 @@ class ToyLoader:
     def pixels(self, ids: Iterable[int]) -> Tensor:
         return torch.zeros(len(list(ids)), 2, 1, 1)
 
+    def held_out(self, ids: Iterable[int]) -> Batch:
+        return {"image": self.points[list(ids)], "id": torch.tensor(list(ids))}
+
 
 def make(
     runtime: Runtime, steps: int, accumulation: int = 1, checkpoint: Checkpoint | None = None

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.schedule import build
+from trainer import workloads
+from trainer.config.options import ScheduleOptions, UserError
+from trainer.run.build import recipe
+from trainer.schedule import Schedule, build
 
 
 def test_constant_is_one_for_ever() -> None:
@@ -60,6 +63,20 @@ def test_a_warm_up_as_long_as_the_run_divides_by_nothing() -> None:
         schedule = build(name, total=5, warmup=5, every=1, gamma=0.1, final=0.0)
         assert [schedule(step) for step in range(5)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
         assert build(name, total=1, warmup=0, every=1, gamma=0.1, final=0.0)(0) == 1.0
+
+
+def of_a_run(duration: str, **schedule: str | float) -> Schedule:
+    model = workloads.config_model("classifier")
+    config = model(duration=duration, batch_size=8, schedule=ScheduleOptions.model_validate(schedule))
+    return recipe(config, 1).schedule
+
+
+def test_a_length_of_its_own_ends_the_fall_before_the_run_or_in_a_run_of_unknown_length() -> None:
+    for duration in ("100 steps", "3 hours"):
+        schedule = of_a_run(duration, name="cosine", final=0.25, length="160 samples", warmup="4 steps")
+        assert [schedule(step) for step in (4, 12, 20, 99)] == pytest.approx([1.0, 0.625, 0.25, 0.25], abs=1e-15)
+    with pytest.raises(UserError, match=r"warmup: '20 steps' is not shorter than schedule\.length, '160 samples': "):
+        of_a_run("100 steps", name="cosine", length="160 samples", warmup="20 steps")
 
 
 @given(

@@ -19,7 +19,10 @@ COMMANDS = {
     "train": "train a run, or resume it (the default command)",
     "evaluate": "evaluate a checkpoint on its held-out data",
     "predict": "label images with a checkpoint",
-    "sample": "generate images with a checkpoint of a GAN",
+    "sample": "generate images, or text, with a checkpoint",
+    "translate": "turn images into others with a checkpoint of pix2pix",
+    "dream": "change an image until a layer sees more in it (deep dream)",
+    "stylize": "draw an image in the style of another (style transfer)",
     "export": "write a checkpoint as safetensors, torch.export program or ONNX",
     "checkpoints": "list, verify or prune the checkpoints of a run",
     "doctor": "check config, data, storage and resuming before a long run",
@@ -28,10 +31,10 @@ COMMANDS = {
 USAGE = """usage: python -m trainer [train] [CONFIG.yaml] [--setting value ...]
        python -m trainer COMMAND ...
 
-Train an image classifier or a GAN on one CPU, on the GPUs of a machine under
-torchrun, or on a cluster under srun: the same command. Without a config it
-trains a CNN on scikit-learn's digits. The same command again resumes a run that
-was stopped.
+Train an image classifier, a GAN or a language model on one CPU, on the GPUs of
+a machine under torchrun, or on a cluster under srun: the same command. Without
+a config it trains a CNN on scikit-learn's digits. The same command again
+resumes a run that was stopped.
 
 commands:
 {commands}

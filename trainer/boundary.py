@@ -152,15 +152,15 @@ class Boundary:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Show what the first rank's networks generate from latents that are always the same."""
+        """Show what the first rank's networks generate, from latents or held-out samples that are always the same."""
         self.clock.start()
         if self.runtime.main:
             self.workload.eval()
             with self.runtime.autocast(), fresh_rows(self.workload, self.limits.sample_count):
-                samples = self.workload.samples(self.fixed_draws())
+                shown = self.workload.shown(self.loader.held_out, self.fixed_draws())
             self.workload.train()
-            if samples is not None:
-                self.saver.show(self.state.step, samples)
+            if shown is not None:
+                self.saver.show(self.state.step, shown)
         self.clock.stop_elsewhere()
 
     def fixed_draws(self) -> Draws:

@@ -1,4 +1,4 @@
-"""What a workload can show: scalars, grids, points, tables. Values only; tracking/ draws them."""
+"""What a workload can show: scalars, grids, animations, points, tables. Values only; tracking/ draws them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,15 @@ class Matrix:
     column_axis: str
 
 
-Figure = ImageGrid | Panels | Points | Matrix
+@dataclass(frozen=True)
+class Animation:
+    """Pictures that move together, in a grid, without end. `frames` are (frames, N, C, H, W) in [0, 1]."""
+
+    frames: Tensor
+    columns: int | None = None
+
+
+Figure = ImageGrid | Panels | Points | Matrix | Animation
 
 
 @dataclass(frozen=True)
@@ -55,3 +63,4 @@ class ScalarDisplay:
     on_console: bool = False
     label: str = ""  # on the console; default: the scalar's name
     healthy_range: tuple[float, float] | None = None  # where the values of a stable run lie, for the plots
+    baseline: str = ""  # the scalar that is a line in this one's plot, and has no plot of its own

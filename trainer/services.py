@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .data.description import Batch
+from .figures import Figure
 from .metrics.health import Verdict
 from .storage.checkpoint import Checkpoint
 
@@ -28,6 +29,7 @@ class Loader(Protocol):
     def evaluation_rows(self) -> int: ...  # the most that this rank has in a batch
     def bad_samples(self) -> list[str]: ...  # what this rank could not read
     def pixels(self, ids: Iterable[int]) -> Tensor: ...  # held-out images in [0, 1]
+    def held_out(self, ids: Iterable[int]) -> Batch: ...  # held-out samples, as an evaluation has them
 
 
 class Tracker(Protocol):
@@ -44,4 +46,4 @@ class Saver(Protocol):
     @property
     def lease_lost(self) -> bool: ...  # whether another job has taken the run over
     def save(self, checkpoint: Checkpoint) -> None: ...
-    def show(self, step: int, samples: Tensor | str) -> None: ...
+    def show(self, step: int, samples: Tensor | str | Figure) -> None: ...

@@ -19,6 +19,7 @@ from .metrics.health import Rule
 from .randomness import Draws
 
 Scalars = dict[str, Tensor]  # 0-d, detached; stays on the device until it is logged
+HeldOut = Callable[[Iterable[int]], Batch]  # held-out samples by their ids, as an evaluation has them
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Workload(nn.Module):
     whole_groups: bool = False  # whether the batch must be a multiple of that
     channels_last: bool = False  # whether this memory format makes the networks faster
     input_range: tuple[float, float] | None = None  # of images; None: normalised by the data set's mean and deviation
-    generates: bool = False  # whether `samples` gives images
+    generates: bool = False  # whether it makes images: `samples`, or of other images `translate`
+    directions: tuple[str, ...] = ()  # in which `translate` goes, the usual one first; none where it cannot
+    writes: bool = False  # whether it makes text, which `write` goes on with
     conditional: bool = False  # whether these are of a class that can be chosen
     scalars: Mapping[str, ScalarDisplay] = {"loss": ScalarDisplay(True), "accuracy": ScalarDisplay(True)}
     health_rules: tuple[Rule, ...] = ()  # of this workload alone; those of every generator are in metrics/health.py
@@ -79,3 +82,20 @@ class Workload(nn.Module):
     def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor | str | None:
         """As many images (N, C, H, W) in [-1, 1] as `draws` has rows, or text; None where nothing is generated."""
         return None
+
+    def input_of(self, images: Tensor) -> Tensor:
+        """What `translate` takes, of images that a user has: another, where a workload derives its inputs."""
+        return images
+
+    def translate(self, inputs: Tensor, draws: Draws, direction: str) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1], made of others."""
+        raise NotImplementedError
+
+    def shown(self, held_out: HeldOut, draws: Draws) -> Tensor | str | Figure | None:
+        """What to show while training: samples, or what is made of held-out ones."""
+        return self.samples(draws)
+
+    def write(self, draws: Draws, prompt: str, length: int, temperature: float) -> list[str]:
+        """A text for each row of `draws`: the prompt and so many tokens more. Raises ValueError for a prompt of other
+        characters than those of the training text."""
+        raise NotImplementedError

@@ -49,6 +49,15 @@ SIZES = "use a size that is 4, 5, 6 or 7 times a power of two, from 8 to 1024, s
             "workload.name: biggan needs classes, but fake has none: use dcgan or wgan_gp",
         ),
         (
+            gan("r3gan", "--workload.width", "5", "--workload.group_channels", "4"),
+            "workload.group_channels: 4 do not divide the 10 channels in a block at 4 pixels: use a divisor of 10, or "
+            "another workload.width",
+        ),
+        (
+            gan("r3gan", "--data.classes", "1"),
+            "workload.conditional: fake has no classes to choose from: set workload.conditional to false",
+        ),
+        (
             gan("wgan", "--workload.label_smoothing", "0.1"),
             "workload.label_smoothing: 0.1 is no setting of wgan, which has no targets: remove it",
         ),
@@ -59,6 +68,19 @@ SIZES = "use a size that is 4, 5, 6 or 7 times a power of two, from 8 to 1024, s
         (
             gan("began", "--workload.r1", "1"),
             "workload.r1: 1.0 is no setting of began, whose discriminator rebuilds images: remove it",
+        ),
+        (
+            gan("stylegan", size=28),
+            "data.size: stylegan cannot make images of 28 pixels: use a power of two from 8 to 1024, such as 32, 64 or "
+            "256",
+        ),
+        (
+            gan("stylegan", "--workload.augment", "color"),
+            "workload.augment: ('color',) is no setting of stylegan, which has workload.ada_target for it: remove it",
+        ),
+        (
+            gan("stylegan", "--workload.deviation_group", "3"),
+            "batch_size: 8 is no multiple of 3, the samples that are judged together",
         ),
         (
             gan("dcgan", "--workload.packing", "3"),

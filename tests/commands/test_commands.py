@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trainer import __version__, workloads
-from trainer.__main__ import main
 from trainer.config.options import DataOptions
 from trainer.data.sources import open_data
 from trainer.run.opened import open_run
 
 from ..ranks import run
+from .conftest import Ask
 
 WORDS = ["--workload.network", "cnn", "--workload.ema", "0.5", "--optimizer.lr", "0.01", "--run.url", "run",
          "--seed", "3", "--duration", "24 steps", "--checkpoint.every", "8 steps", "--evaluate.every", "8 steps",
@@ -47,24 +46,6 @@ class Finished:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("trained")
     return Finished(folder, json.loads(run(WORDS, folder).splitlines()[-1]))
-
-
-Ask = Callable[..., tuple[int, list[str], list[str]]]
-
-
-@pytest.fixture
-def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Runs a command in this process; its exit code and the lines of standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*words: object) -> tuple[int, list[str], list[str]]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err.splitlines()
-
-    return call
 
 
 def said(answer: tuple[int, list[str], list[str]]) -> list[str]:
@@ -191,6 +172,13 @@ def test_what_cannot_be_predicted_is_one_line(
     expected = mistake.format(url=trained.url)
     assert err[0].removeprefix("error: ").replace(" at 0x", "").startswith(expected.partition(" <image>")[0])
     assert err[0].endswith(expected.rpartition("<image>")[2])
+
+
+def test_a_classifier_translates_nothing(trained: Finished, ask: Ask, tmp_path: Path) -> None:
+    save_digit(tmp_path / "digit.png")
+    code, _, err = ask("translate", trained.url, "digit.png")
+    mistake = f"error: {trained.url}: classifier translates nothing: give the run of pix2pix or cyclegan"
+    assert (code, err) == (2, [mistake])
 
 
 # export
@@ -331,7 +319,6 @@ def test_the_version_is_one_word(ask: Ask) -> None:
 def test_garbage_is_collected_again_once_torch_is_imported() -> None:
     script = """
 import gc
-from trainer.__main__ import main
 main(["config"])
 print(gc.isenabled(), gc.get_freeze_count())
 """

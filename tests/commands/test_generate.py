@@ -261,9 +261,11 @@ def test_a_checkpoint_on_s3_gives_its_samples_to_s3(
         (["{biggan}", "--class", "5"],
          "--class: '5' is not known; classes of fake: class 0, class 1, class 2, class 3, class 4"),
         (["{dcgan}", "--class", "1"], "--class: dcgan does not generate by class: leave it out, or use biggan"),
-        (["{dcgan}", "--count", "0"], "sample: --count must be 1 or more and --truncation above 0"),
-        (["{dcgan}", "--truncation", "0"], "sample: --count must be 1 or more and --truncation above 0"),
-        (["{dcgan}", "--truncation", "nan"], "sample: --count must be 1 or more and --truncation above 0"),
+        (["{dcgan}", "--count", "0"], "--count: 0 must be 1 or more"),
+        (["{dcgan}", "--truncation", "0"], "--truncation: 0.0 must be above 0"),
+        (["{dcgan}", "--truncation", "nan"], "--truncation: nan must be above 0"),
+        (["{dcgan}", "--prompt", "a dog"], "--prompt: dcgan gives images, not text: leave it out"),
+        (["{dcgan}", "--out", "dogs.txt"], "--out: 'dogs.txt': give a FILE.png, or a folder for a file each"),
         (["{dcgan}", "--step", "5"], "{dcgan}: no checkpoint of step 5; there are: {steps}"),
         (["{points}", "--out", "folder"], "--out: 'folder': points are not images: give a FILE.png"),
         (["nothing"], "nothing: no run there: give the URL of a run (it holds config.yaml) or of one of its "
@@ -281,7 +283,7 @@ def test_what_cannot_be_sampled_is_one_line(words: list[str], mistake: str, trai
 def test_a_classifier_generates_nothing_and_a_gan_labels_nothing(trained: Finished, tmp_path: Path) -> None:
     run(["--workload.network", "softmax", "--duration", "2 steps", "--run.url", "digits"], tmp_path)
     said = refused(["sample", "digits"], tmp_path, 1)
-    assert said == "digits: classifier generates nothing: give the run of a GAN"
+    assert said == "digits: classifier generates nothing: give the run of a GAN or of a language model"
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
     url = trained.url("dcgan")
     said = refused(["predict", url, "digit.png"], tmp_path, 1)

@@ -23,7 +23,10 @@ from trainer.config.options import Duration, RunConfig, UserError, data_root, di
 from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
-KNOWN = "known: began, biggan, classifier, dcgan, gan, infogan, wgan, wgan_gp, or path/to/file.py"
+KNOWN = (
+    "known: began, biggan, classifier, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, wgan_gp, or "
+    "path/to/file.py"
+)
 MODEL = workloads.config_model("classifier")
 
 
@@ -240,18 +243,18 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
          "optimizer.momentum: 0.9 is a setting of sgd, not of adam: use optimizer.betas"),
         (["--schedule.name", "cosine", "--duration", "3 hours"], None,
          "schedule.name: 'cosine' needs to know the number of steps, which duration '3 hours' does not give: "
-         "set duration in epochs, steps or samples, or use constant or step"),
+         "set duration or schedule.length in epochs, steps or samples, or use constant or step"),
         (["--accumulation", "64"], None, "accumulation: 64 micro-batches cannot be cut from a batch of 32: "
          "lower accumulation or raise batch_size"),
         (["--workload.network", "cnnn"], None, "workload.network: 'cnnn' is not valid: known networks: softmax, fnn, "
-         "cnn, lenet5, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101, resnet152, "
-         "torchvision:NAME, path/to/net.py:Net"),
+         "cnn, lenet5, vgg_small, alexnet, vgg11_bn, vgg16_bn, vgg19_bn, resnet18, resnet34, resnet50, resnet101, "
+         "resnet152, torchvision:NAME, path/to/net.py:Net"),
         (["--workload.network", "torchvision:resnet17"], None, "workload.network: 'torchvision:resnet17' is not valid: "
          "torchvision has no such classification model; it has: resnet18, resnet152, resnet101"),
         (["--workload.name", "ganx"], None, f"workload.name: 'ganx' is not known; {KNOWN}"),
         (["--data.name", "cifar"], None, "data.name: 'cifar' is not valid: known: digits, mnist, "
-         "fashion_mnist, cifar10, cifar100, lsun, imagenet, folder, shards, fake, ring8, grid25, stacked_mnist, or "
-         "path/to/file.py:FUNCTION; did you mean 'cifar10'?"),
+         "fashion_mnist, cifar10, cifar100, lsun, imagenet, folder, shards, pairs, fake, ring8, grid25, stacked_mnist, "
+         "tinyshakespeare, text, or path/to/file.py:FUNCTION; did you mean 'cifar10'?"),
         (["--optimizer.lr", "abc"], None, "optimizer.lr: 'abc' should be a valid number"),
         (["--optimizer.betas", "0.5"], None, "optimizer.betas.1: missing: give a value"),
         (["--optimizer.betas", "0.5", "1.5"], None, "optimizer.betas.1: 1.5 should be less than 1"),

@@ -135,6 +135,17 @@ def test_two_sets_are_shared_by_ranks_and_evaluated_once_with_the_smaller_one_re
     assert seen == [([0, 1, 2, 3], [100, 101, 102, 100]), ([4], [101])]
 
 
+@pytest.mark.parametrize("resident", ["yes", "no"])
+def test_held_out_samples_can_be_had_by_their_ids(resident: str) -> None:
+    loader = loader_of(two_sets(), BatchPlan(0, 12, 4), resident=resident)
+    batch = loader.held_out(iter([4, 1]))
+    assert batch["id"].tolist() == [4, 1]
+    shades = {name: batch[name][:, 0, 1, 1].mul(255).round().tolist() for name in ("image", "partner_image")}
+    assert shades == {"image": [4, 1], "partner_image": [101, 101]}
+    pair = loader_of(pairs(True), BatchPlan(0, 10, 10), flip=True).held_out([3])
+    assert (pair["target"] - pair["input"])[0, 0, 1, 1].mul(255).round() == 100
+
+
 # Windows in order
 
 
@@ -181,4 +192,5 @@ def test_a_description_survives_json_and_an_older_runs_can_be_read() -> None:
     assert from_json(to_json(shown)) == shown
     assert to_json(shown).keys() == {
         "name", "channels", "size", "classes", "mean", "std", "training", "evaluated", "photographs", "mixture",
+        "paired",
     }  # fmt: skip

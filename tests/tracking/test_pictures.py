@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.figures import ImageGrid, Matrix
+from trainer.figures import Animation, ImageGrid, Matrix
 from trainer.tracking.render import from_samples, learning_curves, render
 
 LONG_NAME = "great white shark, white shark, man-eater, Carcharodon carcharias"
@@ -105,6 +105,20 @@ def test_samples_from_minus_one_to_one_fill_the_grid_and_nan_is_black() -> None:
     samples[0] = math.nan
     assert {(0, 0, 0), (255, 255, 255)} <= colours(opened(render(from_samples(samples, "samples"))))
     assert (128, 128, 128) in colours(opened(render(from_samples(torch.zeros(4, 3, 16, 16), ""))))
+
+
+def test_an_animation_is_a_gif_that_shows_its_frames_without_end() -> None:
+    frames = torch.zeros(3, 4, 1, 28, 28)
+    frames[1, 2] = 1  # the picture at the lower left
+    gif = Image.open(io.BytesIO(render(Animation(frames, columns=2))))
+    assert (gif.format, gif.n_frames, gif.info["loop"]) == ("GIF", 3, 0)  # type: ignore[attr-defined]
+    assert min(gif.size) >= 200
+    shown = []
+    for index in range(3):
+        gif.seek(index)
+        pixels = gif.convert("L")
+        shown.append([pixels.getpixel((x, y)) for y in (20, gif.height - 20) for x in (20, gif.width - 20)])
+    assert shown == [[0, 0, 0, 0], [0, 0, 255, 0], [0, 0, 0, 0]]
 
 
 SCRIPT = """

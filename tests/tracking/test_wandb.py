@@ -105,6 +105,16 @@ def test_an_offline_run_has_every_record_once_and_config_pictures_and_checkpoint
     assert "warning" not in output
 
 
+def test_a_picture_that_moves_is_a_video(tmp_path: Path, generous: dict[str, str]) -> None:
+    words = ["--workload.name", "stylegan", "--workload.width", "4", "--workload.max_width", "4", "--data.size", "8"]
+    run([*words, "--duration", "1 steps", "--run.url", "run", "--evaluate.samples", "20"], tmp_path,
+        environment=generous)  # fmt: skip
+    (stored,) = read_runs(tmp_path / "run")
+    assert "pictures/latent_walk" in {name.split(".")[0] for name in pictures(stored.rows)}
+    assert (tmp_path / "run/samples/latent_walk.gif").read_bytes().startswith(b"GIF89a")
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/videos/pictures/*.gif"))) == 1
+
+
 def test_a_run_that_is_stopped_resumes_as_the_same_run_without_a_gap_or_a_double(
     tmp_path: Path, generous: dict[str, str]
 ) -> None:

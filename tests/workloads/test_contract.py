@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,14 @@ from ..engines import Keep, engine_of
 from ..test_engine import difference
 from ..workers import on_ranks
 
-SMALL: dict[str, dict[str, Any]] = {"biggan": {"latent": 10, "embedding": 4}, "infogan": {"hidden": 16}}
+SMALL: dict[str, dict[str, Any]] = {
+    "biggan": {"latent": 10, "embedding": 4},
+    "infogan": {"hidden": 16},
+    "stylegan": {"latent": 8, "mapping_layers": 2, "deviation_group": 2, "r1_every": 2, "ada_steps": 10},
+    "pix2pix": {"pairs": "edges"},
+    "r3gan": {"group_channels": 4, "blocks": 1, "ramp": 4, "beta2": 0.99},
+    "language": {"written": 12},
+}
 NOISY = {"label_smoothing": 0.1, "instance_noise": 0.1, "augment": "color,translation,cutout", "packing": 2}
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in workloads.names()},
@@ -44,7 +52,11 @@ CASES: dict[str, dict[str, Any]] = {
     "began, normalised": {"name": "began", "norm": "batch"},
     "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
+    "stylegan, plain": {"name": "stylegan", "style_mixing": 0, "path_length": 0, "r1": 0, "ada_target": 0, "ema": 0},
+    "r3gan, augmented": {"name": "r3gan", "conditional": False, "augment_p": 0.8, "instance_noise": 0.1},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
+    "pix2pix, accumulating": {"name": "pix2pix", "pairs": "low_resolution", "factor": 2, "norm": "instance"},
+    "language, accumulating": {"name": "language", "cell": "gru", "layers": 2, "dropout": 0.2, "tied": True},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
     CASES = {OWN: {"name": OWN}}
@@ -59,6 +71,9 @@ def configure(case: str) -> RunConfig:
     data: dict[str, Any] = {"name": "fake", "samples": 40, "size": 8, "classes": 5, "channels": 1}
     if case == "gan, points":
         data = {"name": "ring8"}
+    if options["name"] == "language":
+        words = {"level": "word", "vocabulary": 20} if "accumulating" in case else {}
+        data = {"name": "text", "root": str(Path(__file__)), "length": 6, **words}
     if own := os.environ.get("CONTRACT_DATA"):
         data = {"name": own}
     return model(
@@ -67,10 +82,16 @@ def configure(case: str) -> RunConfig:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-# Of one's own, whether it generates shows in the workload itself.
-GENERATORS = [
-    case for case in CASES if (recipe(configure(case), 1).workload.generates if OWN else case != "classifier")
-]
+def from_latents(case: str) -> bool:
+    """Whether it generates from nothing but noise; of one's own, the workload itself says so."""
+    if not OWN:
+        return CASES[case]["name"] not in ("classifier", "language", "pix2pix")
+    workload = recipe(configure(case), 1).workload
+    return workload.generates and not workload.directions
+
+
+GENERATORS = [case for case in CASES if from_latents(case)]
+TRANSLATORS = [case for case in CASES if CASES[case]["name"] == "pix2pix"]
 
 
 def engine(
@@ -206,7 +227,7 @@ def test_samples_are_images_of_the_data_set_and_follow_their_draws(case: str) ->
     assert isinstance(images, Tensor)
     assert images.shape == (12, *data.description.shape)
     assert images.isfinite().all()
-    if data.description.mixture is None and CASES[case]["name"] != "began":  # whose output is linear
+    if data.description.mixture is None and CASES[case]["name"] not in ("began", "r3gan"):  # linear output
         assert images.abs().max() <= 1
     assert len(images.flatten(1).unique(dim=0)) == 12
     part, other = workload.samples(draws(slice(4, 9))), workload.samples(draws(slice(0, 12), 1))
@@ -215,6 +236,29 @@ def test_samples_are_images_of_the_data_set_and_follow_their_draws(case: str) ->
     torch.testing.assert_close(part, images[4:9])
     assert not torch.equal(other, images)
     assert isinstance(workload.samples(draws(slice(0, 3)), label=1, truncation=0.5), Tensor)
+
+
+@pytest.mark.parametrize("case", TRANSLATORS)
+def test_translations_are_images_of_the_data_set_and_follow_input_and_draws(case: str) -> None:
+    made, _ = engine(_runtime(), case)
+    workload = made.workload.eval()
+    images = made.loader.held_out(range(10))["image"]
+    inputs = workload.input_of(images)
+    for direction in workload.directions:
+
+        def outputs(rows: slice, seed: int = 0, direction: str = direction) -> Tensor:
+            draws = Draws(seed, ("translate",), rows, torch.device("cpu"), torch.float64)
+            return workload.translate(inputs[rows], draws, direction)
+
+        whole = outputs(slice(0, 10))
+        assert whole.shape == images.shape
+        assert whole.abs().max() <= 1
+        torch.testing.assert_close(outputs(slice(4, 9)), whole[4:9])
+        assert not torch.equal(outputs(slice(0, 10), seed=1), whole)
+        assert len(whole.flatten(1).unique(dim=0)) == 10
+    figure = workload.shown(made.loader.held_out, made.boundary.fixed_draws())
+    assert not isinstance(figure, (Tensor, str, type(None)))
+    assert render.render(figure).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -245,7 +289,7 @@ def test_figures_can_be_drawn(case: str) -> None:
     boundary.evaluate()
     figures = made.workload.eval().figures(boundary.totals, made.loader.pixels, boundary.fixed_draws())
     for figure in figures.values():
-        assert render.render(figure).startswith(b"\x89PNG")
+        assert render.render(figure).startswith((b"\x89PNG", b"GIF89a"))
 
 
 _kept: list[Runtime] = []

@@ -11,49 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..config.options import DataOptions, UserError
-from ..data.stored import SUFFIXES, BadSample, decode
-from ..data.transforms import Augment, Crop
+from ..config.options import UserError
+from ..data.image_files import image_paths, read_images
 from ..run.opened import Trained, open_run
 from .common import Parser, checkpoint_arguments, say
 
 Prediction = tuple[str, list[tuple[str, float]]]  # an image, its labels and their probabilities, the best first
 
 
-def _image_paths(names: Sequence[str]) -> list[Path]:
-    paths: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not images:
-                raise UserError(f"{name}: no images in this folder ({', '.join(SUFFIXES)})")
-            paths += images
-        elif path.exists():
-            paths.append(path)
-        else:
-            raise UserError(f"{name}: no such file or folder")
-    return paths
-
-
 @torch.no_grad()
 def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> Tensor:
     """(N, classes) float32 for image files, prepared as the held-out data is."""
     data = trained.images.normalised_to(trained.workload.input_range)
-    options = DataOptions(name=trained.config.data.name)
-    crop = Crop(options, data.size, 0, train=False, variable_size=data.variable_size)
-    normalise = Augment(options, data, 0, False, torch.device("cpu"), torch.float32, False).normalise
     network = trained.workload.eval().inference().eval()
-    batches = []
-    for start in range(0, len(paths), batch_size):
-        images = []
-        for path in paths[start : start + batch_size]:
-            try:
-                images.append(crop(decode(path.read_bytes(), str(path), data.channels), 0, 0))
-            except (BadSample, OSError) as error:
-                raise UserError(f"{error}: repair or remove it") from None
-        batches.append(network(normalise(torch.stack(images))).float().softmax(1))
-    return torch.cat(batches)
+    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    return torch.cat([network(read_images(batch, data)).float().softmax(1) for batch in batches])
 
 
 def main(words: Sequence[str]) -> int:
@@ -66,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     if options.top < 1 or options.batch_size < 1:
         raise UserError("predict: --top and --batch-size must be 1 or more")
-    paths = _image_paths(options.images)
+    paths = image_paths(options.images)
     trained = open_run(options.checkpoint, step=options.step, best=options.best)
     if trained.workload.generates:
         raise UserError(f"{options.checkpoint}: {trained.config.workload.name} labels nothing: give a classifier's run")

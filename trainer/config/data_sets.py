@@ -15,8 +15,11 @@ DATA_SETS = {
     "imagenet": "stored:imagenet",
     "folder": "stored:folder",
     "shards": "stored:shards",
+    "pairs": "pairs:pairs",
     "fake": "in_memory:fake",
     "ring8": "in_memory:ring8",
     "grid25": "in_memory:grid25",
     "stacked_mnist": "in_memory:stacked_mnist",
+    "tinyshakespeare": "text:tinyshakespeare",
+    "text": "text:text",
 }

@@ -73,7 +73,8 @@ class DataOptions(Options):
     name: str = Field(
         "digits",
         description=f"The data set: {', '.join(DATA_SETS)}, or path/to/file.py:FUNCTION. `folder` is train/ and "
-        "val/ or test/ with a folder per class; `shards` is tar files.",
+        "val/ or test/ with a folder per class; `shards` is tar files; `pairs` is train/ and val/ or test/ with A and "
+        "B side by side in each image, or in folders A and B under equal names; `text` is a file or a folder of *.txt.",
         json_schema_extra={"examples": list(DATA_SETS)},
     )
     root: str | None = None
@@ -81,7 +82,8 @@ class DataOptions(Options):
     download: bool = True
     """Whether missing files may be fetched."""
     size: int | None = Field(None, ge=4, le=1024)
-    """Height and width of the images in pixels. Default: as they are; image folders, shards, LSUN and ImageNet: 224."""
+    """Height and width of the images in pixels. Default: as they are; image folders, shards, LSUN and ImageNet: 224,
+    pairs: 256."""
     resident: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)] = "auto"
     """Keep the set as one uint8 tensor on the device; auto does so for the small sets."""
     workers: int = Field(2, ge=0, le=128)
@@ -103,7 +105,17 @@ class DataOptions(Options):
     classes: int = Field(10, ge=1)
     """Fake data only."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
-    """Fake data, image folders and shards: 1 (grey) or 3 (colour)."""
+    """Fake data, image folders, shards and pairs: 1 (grey) or 3 (colour)."""
+    direction: Literal["AtoB", "BtoA"] = "AtoB"
+    """Pairs only: which of the two images is made of the other; A is the left one."""
+    level: Literal["character", "word"] = "character"
+    """Text only: what its tokens are."""
+    vocabulary: int = Field(5000, ge=1)
+    """Words only: so many of the most frequent ones are tokens; all others are spelled in characters."""
+    length: int = Field(64, ge=1)
+    """Text only: tokens of a window, over which the gradient flows back; the state is carried on to the next one."""
+    ngram: int = Field(6, ge=0, le=16)
+    """Text only: order of the n-gram that each evaluation stands beside; 0 is none."""
 
     @field_validator("name")
     @classmethod
@@ -157,6 +169,8 @@ class ScheduleOptions(Options):
     """step only."""
     final: float = Field(0.0, ge=0, le=1)
     """cosine and one_cycle: the last learning rate as a share of the peak."""
+    length: Interval | None = None
+    """cosine and one_cycle: when the last learning rate is reached, to stay. Default: at the end of the run."""
 
 
 class EvaluateOptions(Options):
@@ -295,10 +309,11 @@ class RunConfig(_Checked, BaseSettings):
                 f"lower accumulation or raise batch_size"
             )
         timed = Duration.parse(self.duration).seconds is not None
-        if timed and self.schedule.name in ("cosine", "one_cycle"):
+        if timed and self.schedule.name in ("cosine", "one_cycle") and self.schedule.length is None:
             raise ValueError(
                 f"schedule.name: {self.schedule.name!r} needs to know the number of steps, which duration "
-                f"{self.duration!r} does not give: set duration in epochs, steps or samples, or use constant or step"
+                f"{self.duration!r} does not give: set duration or schedule.length in epochs, steps or samples, or use "
+                f"constant or step"
             )
         if self.run.url is not None:
             check_url(self.run.url)
@@ -309,7 +324,7 @@ class RunConfig(_Checked, BaseSettings):
 SAFE_TO_CHANGE = (
     "duration", "evaluate", "checkpoint", "log", "samples", "metrics", "health", "wandb", "run", "threads",
     "data.root", "data.download",
-    "data.workers", "data.resident", "data.bad_images",
+    "data.workers", "data.resident", "data.bad_images", "data.ngram",
 )  # fmt: skip
 
 

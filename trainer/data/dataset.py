@@ -110,15 +110,26 @@ def plan_of(data: DataSet, seed: int, batch_size: int, accumulation: int = 1, gr
 
 
 def describe(name: str, classes: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float],
-             train: Split, held_out: Split) -> ImageDescription:  # fmt: skip
+             train: Split, held_out: Split, paired: bool = False) -> ImageDescription:  # fmt: skip
     return ImageDescription(
-        name, len(train), len(held_out), len(mean), size, tuple(classes), tuple(mean), tuple(std)
-    )  # fmt: skip
+        name, len(train), len(held_out), len(mean), size, tuple(classes), tuple(mean), tuple(std), paired=paired
+    )
 
 
 def reason_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a data set's root, and the path in it; raises UserError."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"data.root: {url!r}: {error}") from None
+    return fs, str(path).rstrip("/")
 
 
 def local_root(options: DataOptions, root: str) -> Path:

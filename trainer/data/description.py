@@ -42,6 +42,7 @@ class ImageDescription(Description):
     std: tuple[float, ...]
     variable_size: bool = False  # whether images are of many sizes, and so are cropped
     mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
+    paired: bool = False  # whether a batch also holds "input", shaped as "image", which that is to be made of
 
     def normalised_to(self, input_range: tuple[float, float] | None) -> ImageDescription:
         """With the mean and deviation that bring pixels into a range; the data set's own for None."""
@@ -61,6 +62,7 @@ class TokenDescription(Description):
 
     vocabulary: tuple[str, ...]
     length: int  # tokens to predict in a window
+    characters: float = 1.0  # of a token of the training part, on average
 
 
 KINDS: dict[str, type[Description]] = {"images": ImageDescription, "tokens": TokenDescription}
@@ -77,7 +79,8 @@ def to_json(description: Description) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any]) -> Description:
     """Raises KeyError, TypeError or AttributeError where these are not the values of a description."""
     cls = KINDS[values.get("kind", "images")]
-    known = {field.name: values[_ON_DISK.get(field.name, field.name)] for field in fields(cls)}
+    names = {field.name: _ON_DISK.get(field.name, field.name) for field in fields(cls)}
+    known = {name: values[stored] for name, stored in names.items() if stored in values}  # an older run's has fewer
     for name, value in known.items():
         if isinstance(value, list):
             known[name] = tuple(value)

@@ -91,12 +91,21 @@ class Reader(Dataset[Any]):
         for _ in range(min(1000, len(split))):
             try:
                 name = split.name(other)
-                images = [self.crop(decode(data, name, split.channels), other, visit) for data in encoded]
-                return images, other, problem
+                images = [decode(data, name, split.channels) for data in encoded]
+                _check_shapes(images, name)
+                return [self.crop(image, other, visit) for image in images], other, problem
             except BadSample as error:
                 problem, other = problem or str(error), (other + 1) % len(split)
                 encoded = [split.fetch([other], field)[0] for field in split.image_fields]
         raise UserError(f"data.root: no image of many in a row can be read; the first is {problem}")
+
+
+def _check_shapes(images: Sequence[Any], name: str) -> None:
+    """Images of one sample are cropped alike, which takes one shape, if not one size."""
+    width, height = images[0].size
+    for image in images[1:]:
+        if not 0.98 < image.width * height / (image.height * width) < 1.02:
+            raise BadSample(f"{name}: of {width}x{height} and {image.width}x{image.height} pixels, two shapes")
 
 
 def _as_it_is(read: Any) -> Any:
@@ -341,6 +350,19 @@ class BatchLoader:
             index = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
             return resident[resident.image_fields[0]][index].cpu().float() / 255
         return reader.read([(i, 0) for i in ids])[0][reader.split.image_fields[0]].float() / 255
+
+    def held_out(self, ids: Iterable[int]) -> Batch:
+        """Held-out samples as an evaluation has them, for one rank alone and without loader workers."""
+        index = torch.tensor(list(ids), dtype=torch.int64)
+        resident, reader, augment = self.resident[1], self.readers[1], self.augments[1]
+        if resident is not None:
+            batch = self._index(resident, augment, index, None)
+        else:
+            read = reader.read([(i, 0) for i in index.tolist()])
+            batch = self._send(reader.split.image_fields, augment, read)
+        if self.partner is None:
+            return batch
+        return {**_renamed(self.partner.held_out(i % self.partner.evaluation_samples for i in index.tolist())), **batch}
 
 
 def _joined(

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from ..config.options import DataOptions, UserError
-from .dataset import DataSet, Encoded, Stored, choose_split, describe, local_root, reason_of
+from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem, local_root, reason_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -36,6 +36,8 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
 
     if isinstance(data, Image.Image):
         return data.convert("L" if channels == 1 else "RGB")
+    if isinstance(data, BadSample):
+        raise data
     if isinstance(data, Exception):
         raise BadSample(f"{name}: {reason_of(data)}")
     try:
@@ -49,14 +51,14 @@ def decode(data: Encoded, name: str, channels: int) -> Any:
         raise BadSample(f"{name}: {re.sub('<_io.BytesIO object at .*>', 'of it', reason_of(error))}") from None
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
+def names_in(fs: Any, path: str) -> list[str]:
+    """What a folder holds, in order; nothing where there is none. Names that begin with a dot are ignored."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"data.root: {url!r}: {error}") from None
-    return fs, str(path).rstrip("/")
+        paths = sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    # An object store may list the folder itself.
+    return [p for p in paths if p != path and not p.rpartition("/")[2].startswith(".")]
 
 
 Location = tuple[str, int | None, int | None]  # a file, or its bytes from a start up to an end
@@ -106,7 +108,7 @@ def _read_local(path: str, start: int | None, end: int | None) -> Encoded:
 def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
     """All at once where the backend can. A network that fails must not look like a bad image, which is replaced."""
     # Not kept between calls: an asynchronous file system does not survive a fork, and fsspec caches one per process.
-    fs, _ = _filesystem(url)
+    fs, _ = filesystem(url)
     results: dict[int, Encoded] = {}
     pending = list(range(len(locations)))
     for pause in (*PAUSES, None):
@@ -124,17 +126,8 @@ def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
     """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored."""
-    fs, base = _filesystem(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()  # another process may have written since
-
-    def names(path: str) -> list[str]:
-        try:
-            paths = sorted(str(p).rstrip("/") for p in fs.ls(path, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        # An object store may list the folder itself.
-        return [p for p in paths if p != path and not p.rpartition("/")[2].startswith(".")]
-
     splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
     if "train" not in splits:
         raise UserError(
@@ -145,7 +138,7 @@ def folder(options: DataOptions, root: str, split: str) -> DataSet:
     parts: dict[str, Files] = {}
     for name in dict.fromkeys(("train", held_out)):
         paths, labels = [], []
-        folders = {p.rpartition("/")[2]: p for p in names(f"{base}/{name}") if fs.isdir(p)}
+        folders = {p.rpartition("/")[2]: p for p in names_in(fs, f"{base}/{name}") if fs.isdir(p)}
         if name == "train":
             classes = list(folders)
         if not folders:
@@ -153,7 +146,7 @@ def folder(options: DataOptions, root: str, split: str) -> DataSet:
         if unknown := sorted(set(folders) - set(classes)):
             raise UserError(f"data.root: {base}/{name}/{unknown[0]} is a class that train/ does not have")
         for label, path in folders.items():
-            images = [p for p in names(path) if p.lower().endswith(SUFFIXES)]
+            images = [p for p in names_in(fs, path) if p.lower().endswith(SUFFIXES)]
             if not images:
                 raise UserError(f"data.root: the class folder {path} has no images ({', '.join(SUFFIXES)})")
             paths += images
@@ -294,7 +287,7 @@ def shards(options: DataOptions, root: str, split: str) -> DataSet:
     An index of offsets makes the samples addressable, so that they are shuffled and resumed exactly. Class names come
     from <root>/classes.txt where there is one.
     """
-    fs, base = _filesystem(root)
+    fs, base = filesystem(root)
     fs.invalidate_cache()
     tars: dict[str, list[str]] = {}
     for name in ("train", "val", "test"):

@@ -23,6 +23,7 @@ class Crop:
 
     def __init__(self, options: DataOptions, size: int, seed: int, train: bool, variable_size: bool) -> None:
         self.size, self.seed, self.policy = size, seed, options.policy if train else "none"
+        self.share = 0.875 if variable_size and size >= 128 else 1.0  # of the shorter side
         self.random = train and (variable_size if options.resized_crop is None else options.resized_crop)
 
     def __call__(self, image: Any, index: int, visit: int) -> Tensor:
@@ -34,8 +35,8 @@ class Crop:
         return apply_policy(self.policy, pixels, self.seed, index, visit)
 
     def _centre(self, image: Any) -> tuple[float, float, float, float]:
-        """The middle square: 7/8 of the shorter side, as is customary at 224 pixels; all of a small image."""
-        side = min(image.width, image.height) * (0.875 if self.size >= 128 else 1.0)
+        """The middle square: 7/8 of the shorter side, as is customary at 224 pixels; all of a small image or a pair."""
+        side = min(image.width, image.height) * self.share
         left, top = (image.width - side) / 2, (image.height - side) / 2
         return left, top, left + side, top + side
 

@@ -25,11 +25,11 @@ def halvings(data: ImageDescription, largest: int = 1024) -> tuple[int, int]:
 
 
 def initialise(network: nn.Module) -> nn.Module:
-    """Weights from N(0, 0.02), those of BatchNorm around 1."""
+    """Weights from N(0, 0.02), those of BatchNorm and InstanceNorm around 1."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, 0, 0.02)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
             nn.init.normal_(module.weight, 1, 0.02)
     return network
 

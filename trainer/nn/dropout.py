@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth whose masks come from Draws, so that neither ranks nor restarts change them."""
+"""Modules that take what they draw from Draws, so that neither ranks nor restarts change it: dropout and its kin."""
 
 from __future__ import annotations
 
@@ -11,26 +11,37 @@ from torch import Tensor, nn
 from ..randomness import Draws
 
 
-class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'."""
+class Drawn(nn.Module):
+    """A module that draws: `drawing` gives it the draws of a forward pass."""
 
-    def __init__(self, probability: float, name: str, mode: str = "") -> None:
+    draws: Draws | None = None
+
+
+class Dropout(Drawn):
+    """Dropout (Srivastava et al. 2014) of elements, or with `mode` of 'channels', samples ('row') or the 'batch'; of
+    sequences (B, steps, width) also of elements that are the same in all 'steps'.
+
+    As the `noise` of a generator it stays in evaluation, unless there are no draws, as in an exported network.
+    """
+
+    def __init__(self, probability: float, name: str, mode: str = "", noise: bool = False) -> None:
         super().__init__()
-        self.probability, self.name, self.mode = probability, name, mode
-        self.draws: Draws | None = None
+        self.probability, self.name, self.mode, self.noise = probability, name, mode, noise
 
     def extra_repr(self) -> str:
         return f"p={self.probability}, {self.mode or 'elements'}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.probability:
+        drops = self.training or (self.noise and self.draws is not None)
+        if not drops or not self.probability:
             return x
         assert self.draws is not None, "call the network inside `with drawing(network, draws)`"
         keep = 1 - self.probability
         if self.mode == "batch":
             return x / keep if self.draws.shared(self.name).random() < keep else x * 0
         ones = [1] * (x.dim() - 1)
-        shape = {"": list(x.shape[1:]), "channels": [x.shape[1], *ones[1:]], "row": ones}[self.mode]
+        shapes = {"": [*x.shape[1:]], "channels": [x.shape[1], *ones[1:]], "row": ones, "steps": [1, *x.shape[2:]]}
+        shape = shapes[self.mode]
         return x * ((self.draws.uniform(self.name, shape) < keep).to(x.dtype) / keep)
 
 
@@ -49,19 +60,19 @@ def use_draws(network: nn.Module) -> nn.Module:
 
 
 # Kept, since walking a network takes 20 microseconds.
-_dropouts_of: WeakKeyDictionary[nn.Module, list[Dropout]] = WeakKeyDictionary()
+_drawn_of: WeakKeyDictionary[nn.Module, list[Drawn]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def drawing(network: nn.Module, draws: Draws) -> Iterator[None]:
-    """Give the dropouts of a network their draws for one forward pass."""
-    dropouts = _dropouts_of.get(network)
-    if dropouts is None:
-        dropouts = _dropouts_of[network] = [module for module in network.modules() if isinstance(module, Dropout)]
-    for module in dropouts:
+    """Give the modules of a network that draw their draws for one forward pass."""
+    drawn = _drawn_of.get(network)
+    if drawn is None:
+        drawn = _drawn_of[network] = [module for module in network.modules() if isinstance(module, Drawn)]
+    for module in drawn:
         module.draws = draws
     try:
         yield
     finally:
-        for module in dropouts:
+        for module in drawn:
             module.draws = None

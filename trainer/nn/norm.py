@@ -1,4 +1,4 @@
-"""BatchNorm over the global batch: Ioffe and Szegedy 2015, with statistics summed over all ranks.
+"""BatchNorm over the global batch: Ioffe and Szegedy 2015, with statistics summed over all ranks; other norms by name.
 
 nn.SyncBatchNorm runs on accelerators only; on the CPU this one takes its place. It reduces sums and counts, so uneven
 shares of a batch stay right. Neither can be differentiated twice: critics with a gradient penalty use other norms.
@@ -6,9 +6,18 @@ shares of a batch stay right. Neither can be differentiated twice: critics with 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Norm = Literal["batch", "instance"]
+
+
+def normalisation(norm: Norm, channels: int) -> nn.Module:
+    """BatchNorm, or InstanceNorm (Ulyanov et al. 2016): as BatchNorm, with statistics of each image by itself."""
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.InstanceNorm2d(channels, affine=True)
 
 
 class _Normalise(torch.autograd.Function):

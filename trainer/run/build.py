@@ -14,7 +14,7 @@ from ..boundary import Boundary
 from ..config.duration import Duration
 from ..config.options import RunConfig, UserError, data_root
 from ..data.dataset import DataSet, plan_of, subsample
-from ..data.description import Batch
+from ..data.description import Batch, Description
 from ..data.loader import BatchLoader
 from ..data.plan import BatchPlan
 from ..data.sources import open_data
@@ -68,14 +68,17 @@ class Recipe:
     @cached_property
     def schedule(self) -> Schedule:
         """Raises UserError where the warm-up would never end."""
-        s, limits = self.config.schedule, self.limits
-        warmup, every = (Duration.parse(t).steps(self.samples_per_step, self.plan.size) for t in (s.warmup, s.every))
-        if limits.total_steps is not None and warmup >= limits.total_steps:
-            raise UserError(
-                f"schedule.warmup: {s.warmup!r} is not shorter than the run, {self.config.duration!r}: "
-                f"shorten the warm-up"
-            )
-        return schedule.build(s.name, limits.total_steps or 0, warmup, every, s.gamma, s.final)
+        s, whole, total = self.config.schedule, f"the run, {self.config.duration!r}", self.limits.total_steps
+
+        def steps(text: str) -> int:
+            return Duration.parse(text).steps(self.samples_per_step, self.plan.size)
+
+        if s.length is not None:
+            whole, total = f"schedule.length, {s.length!r}", steps(s.length)
+        warmup = steps(s.warmup)
+        if total is not None and warmup >= total:
+            raise UserError(f"schedule.warmup: {s.warmup!r} is not shorter than {whole}: shorten the warm-up")
+        return schedule.build(s.name, total or 0, warmup, steps(s.every), s.gamma, s.final)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -104,13 +107,16 @@ class Recipe:
 
     def example_batch(self, rows: int) -> Batch:
         """The first rows of training, on the CPU in fp32."""
+        return next(self.plain_loader(rows).train(0))[0][1]
+
+    def plain_loader(self, rows: int) -> BatchLoader:
+        """Without a process group, on the CPU in fp32, reading what it is asked for alone."""
         plan = replace(self.plan, batch_size=rows, accumulation=1)
-        loader = BatchLoader(
+        return BatchLoader(
             self.data, plan, self.config.data.model_copy(update={"workers": 0, "resident": "no"}), rank=0, world=1,
             device=torch.device("cpu"), dtype=torch.float32, channels_last=False, evaluation_batch=rows,
             input_range=self.workload.input_range,
         )  # fmt: skip
-        return next(loader.train(0))[0][1]
 
     def engine(
         self, runtime: Runtime, loader: BatchLoader, tracker: Tracker, saver: Saver, *,
@@ -148,11 +154,22 @@ def recipe(
     if workload is None:
         workload = workloads.build(config, data.description)
     else:
+        check_outputs(workload.data, data.description)
         workload.data = data.description  # the networks stay as they are, but this split may have another size
     plan = _plan(config, data, workload, world)
     samples_per_step = plan.batch_size * workload.batches_per_step
     limits = _limits(config, samples_per_step, plan.size)
     return Recipe(config, data, workload, plan, samples_per_step, limits)
+
+
+def check_outputs(trained: Description, here: Description) -> None:
+    """Raises UserError where a trained network's outputs would stand for something else on this data."""
+    for name in ("classes", "vocabulary"):
+        if getattr(trained, name, None) != getattr(here, name, None):
+            raise UserError(
+                f"data.root: the data there has another {name} than the run was trained with: "
+                f"set data.root to that data, or train another run on this"
+            )
 
 
 def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> BatchPlan:

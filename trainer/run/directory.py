@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from ..config.options import RunConfig, UserError, differences, dump, is_safe
 from ..config.status import REASONS, Status, exit_code
 from ..data.description import to_json
 from ..distributed.runtime import Runtime
+from ..figures import Figure
 from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
 from ..storage.goodput import Goodput, Recorder, new_attempt
 from ..storage.lease import Lease, LeaseHeld
@@ -26,9 +28,9 @@ from ..tracking import render
 from ..tracking.console import Console
 from ..tracking.sinks import open_sinks
 from ..tracking.tracker import Silent, Tracker
-from .build import Recipe, run_url
+from .build import Recipe, check_outputs, run_url
 from .checkpoints import Checkpoints
-from .opened import load_config
+from .opened import UnreadableDescription, description_of, load_config
 from .outcome import OutcomeFile, print_result, reached
 from .pictures import Pictures
 from .rollbacks import Rollbacks
@@ -41,7 +43,7 @@ class NullDirectory:
     lease_lost = False
 
     def save(self, checkpoint: Checkpoint) -> None: ...
-    def show(self, step: int, samples: Tensor | str) -> None: ...
+    def show(self, step: int, samples: Tensor | str | Figure) -> None: ...
     def start(self, boundary: Boundary) -> None: ...
     def finish(self, boundary: Boundary, outcome: Outcome, rollbacks: list[dict[str, Any]]) -> int:
         return exit_code(outcome.status)
@@ -90,7 +92,7 @@ class RunDirectory:
     def save(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.save(checkpoint)
 
-    def show(self, step: int, samples: Tensor | str) -> None:
+    def show(self, step: int, samples: Tensor | str | Figure) -> None:
         self.pictures.show(step, samples)
 
     def best(self, among: list[int]) -> int | None:
@@ -105,6 +107,8 @@ class RunDirectory:
         if self.checkpoints.store.folders() and self.storage.exists("config.yaml"):
             stored = load_config(self.storage.read("config.yaml").decode(), f"{self.storage}/config.yaml")
             check_resume(self.config, stored, self.config.run.force_resume, self.tracker.note)
+            with contextlib.suppress(UnreadableDescription):  # of another version: it is written again
+                check_outputs(description_of(self.storage), self.recipe.data.description)
         outcome = self.outcome.read()
         if not reached(outcome, self.recipe.limits):
             return {}
@@ -216,6 +220,8 @@ class RunDirectory:
         note(f"  metrics     {here}/metrics")
         if self.tracker.records:
             note(f"  pictures    {here}/samples/*.png")
+        if self.recipe.workload.writes:
+            note(f"  texts       {here}/samples/*.txt")
         for line in goodput.table() if goodput.attempts > 1 else ():
             note(line)
 

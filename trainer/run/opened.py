@@ -45,6 +45,10 @@ class Trained:
         return f"{self.storage}/checkpoints/{folder(self.step)}"
 
 
+class UnreadableDescription(UserError):
+    """A run does not say, or no longer in this version, what its data looks like."""
+
+
 def load_config(text: str, name: str) -> RunConfig:
     """The config that a run directory keeps, alone: neither environment nor flags have a say."""
     values = read_yaml(text, name)
@@ -99,12 +103,14 @@ def choose_step(storage: Storage, store: CheckpointStore, step: int | None, best
     return steps[-1] if step is None else step
 
 
-def _description(storage: Storage) -> Description:
+def description_of(storage: Storage) -> Description:
     """The data set of a run as its networks know it, so that the data need not be at hand."""
     try:
         return from_json(json.loads(storage.read("data.json")))
     except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{storage}/data.json cannot be read: {error}: resume the run once, which writes it") from None
+        raise UnreadableDescription(
+            f"{storage}/data.json cannot be read: {error}: resume the run once, which writes it"
+        ) from None
 
 
 def open_run(url: str, *, step: int | None = None, best: bool = False) -> Trained:
@@ -114,7 +120,7 @@ def open_run(url: str, *, step: int | None = None, best: bool = False) -> Traine
     for file, digest in digests(config, data=False).items():
         if config.code.get(file) != digest and os.environ.get("RANK", "0") == "0":
             print(f"warning: {file} has changed since {storage} was trained", file=sys.stderr)  # noqa: T201
-    data = _description(storage)
+    data = description_of(storage)
     workload = workloads.build(config, data)
     store = CheckpointStore(storage.at("checkpoints"))
     step = choose_step(storage, store, step if step is not None else named, best)

@@ -24,13 +24,14 @@ class Pictures:
     def __init__(self, storage: Storage, tracker: Tracker, name: str) -> None:
         self.storage, self.tracker, self.name = storage, tracker, name
 
-    def show(self, step: int, samples: Tensor | str) -> None:
-        """Generated samples, as a grid or as text."""
+    def show(self, step: int, samples: Tensor | str | Figure) -> None:
+        """Generated samples, as a grid, as text or as the workload shows them."""
         file = f"step-{step:08d}"
         if isinstance(samples, str):
             self.add(step, f"{file}.txt", samples.encode())
             return
-        figure = render.from_samples(samples, f"{self.name}, step {step}")
+        title = f"{self.name}, step {step}"
+        figure = render.from_samples(samples, title) if isinstance(samples, Tensor) else samples
         self.draw(step, file, lambda: render.render(figure), "samples")
 
     def draw(self, step: int, file: str, make: Callable[[], bytes], name: str = "") -> None:
@@ -55,13 +56,14 @@ class Pictures:
         self.tracker.note(f"warning: {what} could not be drawn:\n{traceback.format_exc().rstrip()}")
 
     def add(self, step: int, file: str, data: bytes, name: str = "") -> None:
-        """Keep a file, a PNG unless its name says otherwise, and show a PNG under its name."""
-        path = file if "." in file else f"{file}.png"
+        """Keep a file; one without a suffix is a picture, to be shown under its name."""
+        picture = "." not in file
+        path = f"{file}.{render.suffix(data)}" if picture else file
         try:
             self.storage.write(f"samples/{path}", data)
         except StorageError as error:
             self.tracker.note(f"warning: {error}")
-        if path.endswith(".png"):
+        if picture:
             self.tracker.image(step, name or file, data)
 
     def animate(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as PNG: learning curves, confusion matrix, grids of images."""
+"""Pictures as PNG, those that move as GIF: learning curves, confusion matrix, grids of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..figures import Figure, ImageGrid, Matrix, Panels, Points, ScalarDisplay
+from ..figures import Animation, Figure, ImageGrid, Matrix, Panels, Points, ScalarDisplay
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
 TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the grid
@@ -44,6 +44,7 @@ def _panels(records: list[dict[str, Any]], scalars: Mapping[str, ScalarDisplay])
     learning rate last."""
     hidden = {"step", "kind", "epoch", "steps_per_epoch", "data_wait", "gpu_memory_bytes", "top5_accuracy"}
     hidden |= {name for record in records for name in record if name.startswith(("fid_floor@", "fid_shuffled@"))}
+    hidden |= {display.baseline for display in scalars.values()}
     names = list(dict.fromkeys(name for record in records for name in record if name not in hidden))
     evaluated = {name for record in records if record["kind"] == "evaluate" for name in record}
     last, listed = ("lr", "samples_per_second"), list(scalars)
@@ -66,13 +67,13 @@ def learning_curves(
     figure = _figure(4.2 * columns, 2.8 * rows + 0.3)
     _title(figure, title, 12)
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
-        _plot_metric(axes, name, records, scalars[name].healthy_range if name in scalars else None)
+        _plot_metric(axes, name, records, scalars.get(name, ScalarDisplay()))
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
     return _png(figure)
 
 
-def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], usual_range: tuple[float, float] | None) -> None:
+def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], display: ScalarDisplay) -> None:
     """One panel of the learning curves."""
     values: list[float] = []
     for kind, color, label in (("train", BLUE, "training"), ("evaluate", ORANGE, "held out")):
@@ -82,10 +83,12 @@ def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], usual_rang
             marker = "o" if kind == "evaluate" or len(finite) < 3 else None
             axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.3)
         values += finite
-    if usual_range and values:
-        axes.axhspan(*usual_range, color=GREEN, alpha=0.12, label="usual when stable")
+    if display.healthy_range and values:
+        axes.axhspan(*display.healthy_range, color=GREEN, alpha=0.12, label="usual when stable")
     if name.startswith("fid@") and (floor := records[-1].get(name.replace("fid@", "fid_floor@"))):
         axes.axhline(floor, color=GREY, linewidth=1, linestyle="--", label="real against real")
+    if baseline := [record[display.baseline] for record in records if display.baseline in record]:
+        axes.axhline(baseline[-1], color=GREY, linewidth=1, linestyle="--", label=display.baseline.replace("_", " "))
     spans_decades = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
     if spans_decades and (name.endswith("loss") or name.startswith("fid@")):
         axes.set_yscale("log")
@@ -101,7 +104,13 @@ def _plot_metric(axes: Any, name: str, records: list[dict[str, Any]], usual_rang
         axes.legend(fontsize=8, frameon=False)
 
 
+def suffix(picture: bytes) -> str:
+    return "gif" if picture.startswith(b"GIF") else "png"
+
+
 def render(picture: Figure) -> bytes:
+    if isinstance(picture, Animation):
+        return _gif([_tiled(ImageGrid(frame, columns=picture.columns)) for frame in picture.frames])
     if isinstance(picture, Matrix):
         return _matrix(picture)
     if isinstance(picture, Points):
@@ -171,10 +180,17 @@ def animation(frames: Sequence[bytes]) -> bytes:
     """PNGs of one size as an animated GIF; the last one stays for a while."""
     from PIL import Image
 
-    images = [Image.open(io.BytesIO(frame)).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    return _gif([Image.open(io.BytesIO(frame)) for frame in frames], pause=2000)
+
+
+def _gif(images: Sequence[Any], pause: int = 150) -> bytes:
+    """Images of one size, 150 milliseconds each; the last one stays for `pause`."""
+    from PIL import Image
+
+    frames = [image.convert("P", palette=Image.Palette.ADAPTIVE) for image in images]
     buffer = io.BytesIO()
-    durations = [150] * (len(images) - 1) + [2000]
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    durations = [150] * (len(frames) - 1) + [pause]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return buffer.getvalue()
 
 

@@ -26,7 +26,7 @@ class Sink(Protocol):
         """The records of earlier attempts at the run, which this sink may have or not. Comes first."""
 
     def log(self, records: list[dict[str, Any]]) -> None: ...
-    def image(self, step: int, name: str, png: bytes) -> None: ...
+    def image(self, step: int, name: str, picture: bytes) -> None: ...
     def alert(self, title: str, text: str) -> None: ...
     def close(self, summary: dict[str, Any], failed: bool) -> None: ...
 
@@ -118,9 +118,9 @@ class Tracker:
             for sink in self.sinks:
                 sink.past(self._past)
 
-    def image(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, picture: bytes) -> None:
         for sink in self.sinks:
-            sink.image(step, name, png)
+            sink.image(step, name, picture)
 
     def evaluations(self) -> list[dict[str, Any]]:
         return [record for record in self.records if record["kind"] == "evaluate"]

@@ -117,8 +117,8 @@ class WandbSink:
         self._queue.put({"log": records})
         self._has_messages.set()
 
-    def image(self, step: int, name: str, png: bytes) -> None:
-        self._queue.put({"image": {"name": name, "png": base64.b64encode(png).decode()}})
+    def image(self, step: int, name: str, picture: bytes) -> None:
+        self._queue.put({"image": {"name": name, "picture": base64.b64encode(picture).decode()}})
 
     def alert(self, title: str, text: str) -> None:
         self._queue.put({"alert": {"title": title, "text": text}})

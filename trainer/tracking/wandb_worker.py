@@ -32,7 +32,7 @@ class WandbWorker:
         self._settings, self._pid, self._note = settings, pid, note
         self._online = settings.mode == "online"
         self._position = settings.discarded_records  # of the next record, among all that W&B was ever given
-        self._pictures: dict[str, Any] = {}
+        self._pictures: dict[str, bytes] = {}
         self._count_file = Path(settings.directory) / "wandb" / "delivered.json"
         self._run = self._start()
         self._received = int(self._run.starting_step)  # records that W&B has; offline this is 0
@@ -57,22 +57,16 @@ class WandbWorker:
             self._position += 1
         self._log_pictures()
 
-    def image(self, name: str, png: str) -> None:
-        self._pictures[name] = png
+    def image(self, name: str, picture: str) -> None:
+        self._pictures[name] = base64.b64decode(picture)
 
     def alert(self, title: str, text: str) -> None:
         self._run.alert(title=title, text=text)
 
     def _log_pictures(self) -> None:
         """Add the pictures to the last record, which W&B has not sent yet."""
-        import wandb
-        from PIL import Image
-
         if self._position > self._received and self._pictures:
-            images = {
-                f"pictures/{name}": wandb.Image(Image.open(io.BytesIO(base64.b64decode(png))))
-                for name, png in self._pictures.items()
-            }
+            images = {f"pictures/{name}": _media(picture) for name, picture in self._pictures.items()}
             self._run.log(images, step=self._position - 1)
             self._pictures = {}
 
@@ -150,6 +144,15 @@ class WandbWorker:
             entity=run.entity, group=run.group, tags=run.tags, dir=run.directory, config=redacted(run.config),
             resume="allow" if self._online else None, settings=settings,
         )  # fmt: skip
+
+
+def _media(picture: bytes) -> Any:
+    """A PNG, or a GIF, which moves only as a video."""
+    import wandb
+    from PIL import Image
+
+    data = io.BytesIO(picture)
+    return wandb.Video(data, format="gif") if picture.startswith(b"GIF") else wandb.Image(Image.open(data))
 
 
 def serve(messages: IO[bytes], answer: Callable[[dict[str, Any]], None]) -> None:

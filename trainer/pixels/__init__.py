@@ -1,0 +1,1 @@
+"""Gradients on pixels instead of weights: pictures that a trained network makes of an image."""
