@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "began, normalised": {"name": "began", "norm": "batch"},
     "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
-    "stylegan, plain": {"name": "stylegan", "style_mixing": 0, "path_length": 0, "r1": 0, "ada_target": 0, "ema": 0},
+    "stylegan, by class": {"name": "stylegan", "conditional": True, "path_length": 0, "ada_target": 0, "ema": 0},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
 }  # fmt: skip
 if OWN := os.environ.get("CONTRACT_WORKLOAD"):
