@@ -40,7 +40,8 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the latents (default: 0)")
     parser.add_argument(
         "--truncation", metavar="X", type=float,
-        help="draw latents from within so many standard deviations: less varied, more typical (default: from all)",
+        help="less varied, more typical: draw latents from within so many standard deviations, or multiply StyleGAN's "
+        "distance from its mean style by it (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--class", metavar="NAME", dest="label", help="name or number of the class (default: all in turn)"
