@@ -52,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "began, normalised": {"name": "began", "norm": "batch"},
     "infogan, convolutions": {"name": "infogan", "norm": "convolutions"},
     "infogan, constrained": {"name": "infogan", "spectral_norm": True, "augment": "translation"},
-    "stylegan, plain": {"name": "stylegan", "style_mixing": 0, "path_length": 0, "r1": 0, "ada_target": 0, "ema": 0},
+    "stylegan, by class": {"name": "stylegan", "conditional": True, "path_length": 0, "ada_target": 0, "ema": 0},
     "r3gan, augmented": {"name": "r3gan", "conditional": False, "augment_p": 0.8, "instance_noise": 0.1},
     "wgan_gp, accumulating": {"name": "wgan_gp"},
     "pix2pix, accumulating": {"name": "pix2pix", "pairs": "low_resolution", "factor": 2, "norm": "instance"},
