@@ -108,9 +108,11 @@ def test_a_training_ends_with_the_run_and_is_resumed_by_the_next(tmp_path: Path)
     ranks, process = training(tmp_path)
     ranks.kill(0)  # SIGKILL: the kernel tells the other one
     process.wait(30)
-    assert outcome(classifier)["status"] == "preempted"
+    ended = outcome(classifier)
+    assert ended["status"] == "preempted"
 
     ranks, process = training(tmp_path)
+    assert f"resuming {classifier} at step {ended['step']}" in (classifier / "train.log").read_text()
     ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [0]
     assert not process.is_running()
@@ -119,17 +121,12 @@ def test_a_training_ends_with_the_run_and_is_resumed_by_the_next(tmp_path: Path)
     assert (ended["status"], ended["step"]) == ("preempted", 0)
     assert json.loads(ranks.text().splitlines()[-1]) == {"status": "preempted", "step": 0, "run": str(tmp_path / "gan")}
 
-    step = outcome(classifier)["step"]
-    config(tmp_path / "tiny.yaml", duration=f"{step + 5} steps", log={"every": "1 epoch"})
-    assert "done" in run(GAN, tmp_path)
-    assert outcome(classifier)["step"] == step + 5
-
 
 def test_a_signal_ends_the_wait_for_another_process(tmp_path: Path) -> None:
     config(tmp_path / "tiny.yaml", run={"url": str(tmp_path / "elsewhere")})
     found = feature_classifier(parsed("--metrics.features", str(tmp_path / "tiny.yaml")))
     assert found
-    with filelock.FileLock(Training(found, 1, print).lock.lock_file):
+    with filelock.FileLock(found.temporary("lock")):
         ranks = start(GAN, tmp_path, 2)
         assert wait_for(lambda: "waiting for" in ranks.text(), ranks)
         ranks.kill(1, signal.SIGTERM)
@@ -257,13 +254,11 @@ def test_the_doctor_says_that_a_classifier_will_be_trained_and_does_not(
     monkeypatch.chdir(tmp_path)
     config(tmp_path / "tiny.yaml")
     doctor = _Doctor(parsed(), "gan", 2)
-    for title, work in doctor.checks():
+    checks = doctor.checks()
+    for title, work in checks:
         if title == "features":
-            assert work() == "tiny.yaml is not trained yet: the run will do that first, into runs/tiny"
             break
         work()
+    assert work() == "tiny.yaml is not trained yet: the run will do that first, into runs/tiny"
     assert doctor.trial_config().metrics.features == "pixels"
-    config(tmp_path / "tiny.yaml", optimizer={"lr": -1})
-    with pytest.raises(UserError, match=r"^metrics.features: tiny.yaml: optimizer.lr: -1 should be greater than 0$"):
-        doctor.features()
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

@@ -35,7 +35,8 @@ from .outcome import read_outcome
 
 SUFFIXES = (".yaml", ".yml")
 POLL_SECONDS = 0.25
-AGAIN_SECONDS = 10.0  # until the next look at a run that another job is training
+WAIT_SECONDS = 1.0  # until the next look at a run that another process of this machine is training
+AGAIN_SECONDS = 10.0  # the same, where only a new process can find out
 SAVE_SECONDS = 20.0  # that a training which is to stop has for its last checkpoint
 LONGEST_SECONDS = 7 * 24 * 3600.0  # no wait is forever
 
@@ -46,14 +47,11 @@ class FeatureClassifier:
 
     file: str
     url: str  # of its run
+    storage: Storage  # the same
     flags: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.file
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(self.url)
 
     def outcome(self) -> dict[str, Any]:
         """How its run ended; empty where it did not."""
@@ -62,12 +60,15 @@ class FeatureClassifier:
     def finished(self) -> bool:
         return self.outcome().get("status") == "done"
 
-    def file_beside(self, name: str) -> Path:
-        """A local file of its run, in the folder for temporary files where the run is elsewhere."""
-        storage = self.storage
-        if storage.local:
-            return Path(self.url) / name
-        return Path(tempfile.gettempdir()) / f"trainer-{_key(storage.url)}-{name}"
+    @property
+    def log(self) -> Path:
+        """What its training prints, in the folder for temporary files where the run is no local one."""
+        return Path(self.url) / "train.log" if self.storage.local else self.temporary("log")
+
+    def temporary(self, suffix: str) -> Path:
+        """A file of its own in the folder for temporary files."""
+        key = hashlib.sha256(f"{os.getuid()} {self.storage.url}".encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"trainer-{key}.{suffix}"
 
     def check(self) -> None:
         """Find out whether its settings are valid; raises UserError. Takes seconds, in a process of its own."""
@@ -82,7 +83,7 @@ class Untrained(UserError):
 
     def __init__(self, classifier: FeatureClassifier) -> None:
         super().__init__(
-            f"metrics.features: {classifier} is not trained, there is no finished run in {classifier.url}: "
+            f"metrics.features: {classifier} is not trained, there is no finished run in {classifier.url}: train it: "
             f"python -m trainer {' '.join((classifier.file, *classifier.flags))}"
         )
         self.classifier = classifier
@@ -108,7 +109,11 @@ def feature_classifier(config: RunConfig) -> FeatureClassifier | None:
     if config.data.root and config.data.name.removeprefix("stacked_") == _text(values, "data", "name"):
         flags += [] if _text(values, "data", "root") else ["--data.root", config.data.root]
     flags += [] if config.device == "auto" or "device" in values else ["--device", config.device]
-    return FeatureClassifier(file, _text(values, "run", "url") or str(Path("runs") / run_name(file)), tuple(flags))
+    url = _text(values, "run", "url") or str(Path("runs") / run_name(file))
+    try:
+        return FeatureClassifier(file, url, Storage(url), tuple(flags))
+    except StorageError as error:
+        raise UserError(f"metrics.features: {file}: run.url: {error}") from None
 
 
 def _text(values: dict[str, Any], group: str, name: str) -> str:
@@ -116,10 +121,6 @@ def _text(values: dict[str, Any], group: str, name: str) -> str:
     section = values.get(group)
     value = section.get(name) if isinstance(section, dict) else None
     return value if isinstance(value, str) else ""
-
-
-def _key(url: str) -> str:
-    return hashlib.sha256(f"{os.getuid()} {url}".encode()).hexdigest()[:16]
 
 
 def train_missing(missing: FeatureClassifier | None, runtime: Runtime, note: Callable[[str], None]) -> str:
@@ -134,16 +135,18 @@ def train_missing(missing: FeatureClassifier | None, runtime: Runtime, note: Cal
             threads = torch.get_num_threads() * runtime.local_world
             training = stack.enter_context(Training(missing, threads, note))
         while True:
-            state = training.poll() if training is not None else ""
+            asked = runtime.signalled
+            state = "" if training is None else None if asked else training.poll()
             if state is None and time.monotonic() > end:
                 state = f"metrics.features: {missing} was not trained within {LONGEST_SECONDS / 3600:.0f} hours"
-            answers = runtime.gather((state, runtime.signalled))
-            if problem := next((state for state, _ in answers if state), ""):
-                raise UserError(problem)
+            answers = runtime.gather((state, asked))
             if all(state == "" for state, _ in answers):
                 return ""
-            if stop := next((reason for _, reason in answers if reason), ""):
+            # Before any problem: a signal to a whole job ends the training as well.
+            if stop := next((asked for _, asked in answers if asked), ""):
                 return stop
+            if problem := next((state for state, _ in answers if state), ""):
+                raise UserError(problem)
             time.sleep(POLL_SECONDS)
 
 
@@ -152,9 +155,7 @@ class Training:
 
     def __init__(self, classifier: FeatureClassifier, threads: int, note: Callable[[str], None]) -> None:
         self.classifier, self.threads, self.note = classifier, threads, note
-        lock = Path(tempfile.gettempdir()) / f"trainer-{_key(classifier.storage.url)}.lock"
-        self.lock = filelock.FileLock(lock)
-        self.log = classifier.file_beside("train.log")
+        self.lock = filelock.FileLock(classifier.temporary("lock"))
         self.process: subprocess.Popen[bytes] | None = None
         self.log_size = 0  # before this training
         self.began = self.next_look = 0.0
@@ -191,7 +192,7 @@ class Training:
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
-            self._wait(POLL_SECONDS)
+            self._wait(WAIT_SECONDS)
             return None
         if self.classifier.finished():  # by who had the lock
             return ""
@@ -199,7 +200,7 @@ class Training:
         return None
 
     def _start(self) -> None:
-        file, log = self.classifier.file, self.log
+        file, log = self.classifier.file, self.classifier.log
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "trainer", file, *self.classifier.flags, "--wandb.mode", "disabled"]
         with log.open("ab") as output:
@@ -225,13 +226,17 @@ class Training:
             self.process = None
             self._wait(AGAIN_SECONDS)
             return None
-        with self.log.open("rb") as file:
-            file.seek(self.log_size)
-            reason = first_error(file.read().decode(errors="replace"))
         return (
-            f"metrics.features: {self.classifier}: {reason} ({self.log}); or train it by hand, with settings of your "
-            f"own, and the run in {self.classifier.url} will be used"
+            f"metrics.features: {self.classifier}: {self._reason(code, outcome)} ({self.classifier.log}); or train it "
+            f"by hand, with settings of your own, and the run in {self.classifier.url} will be used"
         )
+
+    def _reason(self, code: int, outcome: dict[str, Any]) -> str:
+        if code != 2 and outcome:
+            return f"{outcome.get('status')}: {outcome.get('reason')}"
+        with self.classifier.log.open("rb") as file:
+            file.seek(self.log_size)
+            return first_error(file.read().decode(errors="replace"))
 
     def _wait(self, seconds: float) -> None:
         if not self.waits:
