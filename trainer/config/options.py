@@ -151,16 +151,18 @@ class OptimizerOptions(Options):
 
 
 class ScheduleOptions(Options):
-    name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    """How the learning rate falls. cosine and one_cycle need a duration that is not a time."""
+    name: Literal["constant", "step", "cosine", "one_cycle", "linear"] = "constant"
+    """How the learning rate falls. cosine, one_cycle and linear need a duration that is not a time."""
     warmup: WarmUp = "0 steps"
     """Linear rise from zero; for one_cycle the rising part."""
     every: Interval = "30 epochs"
     """step only: multiply by gamma this often."""
     gamma: float = Field(0.1, gt=0, le=1)
     """step only."""
+    flat: float = Field(0.5, ge=0, lt=1)
+    """linear only: the share of the run before the learning rate begins to fall."""
     final: float = Field(0.0, ge=0, le=1)
-    """cosine and one_cycle: the last learning rate as a share of the peak."""
+    """cosine, one_cycle and linear: the last learning rate as a share of the peak."""
 
 
 class EvaluateOptions(Options):
@@ -298,7 +300,7 @@ class RunConfig(_Checked, BaseSettings):
                 f"lower accumulation or raise batch_size"
             )
         timed = Duration.parse(self.duration).seconds is not None
-        if timed and self.schedule.name in ("cosine", "one_cycle"):
+        if timed and self.schedule.name in ("cosine", "one_cycle", "linear"):
             raise ValueError(
                 f"schedule.name: {self.schedule.name!r} needs to know the number of steps, which duration "
                 f"{self.duration!r} does not give: set duration in epochs, steps or samples, or use constant or step"

@@ -65,7 +65,7 @@ class Recipe:
                 f"schedule.warmup: {s.warmup!r} is not shorter than the run, {self.config.duration!r}: "
                 f"shorten the warm-up"
             )
-        return schedule.build(s.name, limits.total_steps or 0, warmup, every, s.gamma, s.final)
+        return schedule.build(s.name, limits.total_steps or 0, warmup, every, s.gamma, s.final, s.flat)
 
     @cached_property
     def evaluator(self) -> Evaluator:
