@@ -31,6 +31,7 @@ from .data_sets import DATA_SETS
 from .duration import Duration, Interval, Length, WarmUp
 from .yaml_file import write_yaml
 
+HALVES = ("halves",)  # as domains: the even and the odd samples of a set
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -46,6 +47,13 @@ def _yes_or_no(value: object) -> object:
 def _number(value: object) -> object:
     """Flags and the environment give text, which a Literal of numbers does not take."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _names(value: object) -> object:
+    """'horse,deer' on the command line, a list in YAML, where the names of digits are numbers."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+    return tuple(str(name) if type(name) is int else name for name in value) if isinstance(value, list) else value
 
 
 class _Checked(BaseModel):
@@ -90,6 +98,9 @@ class DataOptions(Options):
     """Loader processes per rank, where the set is not resident. Changes speed only, never a batch."""
     bad_images: int = Field(0, ge=0)
     """How many unreadable images a run may replace by a neighbour before it stops and lists them."""
+    domains: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    """Cut the set in two, for translation without pairs: the names of two classes, or `halves`, its even and its odd
+    samples. Default: not cut."""
     pad_crop: int = Field(0, ge=0, le=64)
     """Pad by so many pixels and crop at random."""
     flip: bool = False
@@ -108,6 +119,13 @@ class DataOptions(Options):
     """Fake data, image folders, shards and pairs: 1 (grey) or 3 (colour)."""
     direction: Literal["AtoB", "BtoA"] = "AtoB"
     """Pairs only: which of the two images is made of the other; A is the left one."""
+
+    @field_validator("domains")
+    @classmethod
+    def _two(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names and names != HALVES and (len(names) != 2 or len(set(names)) != 2):
+            raise ValueError("must be two different classes, such as [horse, deer], or `halves`")
+        return names
 
     @field_validator("name")
     @classmethod
