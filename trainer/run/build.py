@@ -72,7 +72,8 @@ class Recipe:
         return self.workload.evaluator(self._scores)
 
     def _scores(self) -> Scores:
-        self.reference = self.reference or open_reference(self.config, self.data.description)
+        other = self.data.partner or self.data  # what is made of one set is compared with the other
+        self.reference = self.reference or open_reference(self.config, other.description)
         return self.reference.scores
 
     def renew_workload(self) -> None:
@@ -127,7 +128,7 @@ class Recipe:
     def prepare_reference(self, loader: BatchLoader, runtime: Runtime) -> None:
         """Take the statistics that generated images are compared with, where they are; all ranks together."""
         if self.reference is not None:
-            self.reference.prepare(loader, runtime)
+            self.reference.prepare(loader.partner or loader, runtime)
 
 
 def recipe(
