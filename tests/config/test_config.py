@@ -24,8 +24,8 @@ from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
 KNOWN = (
-    "known: began, biggan, classifier, cyclegan, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, wgan_gp, "
-    "or path/to/file.py"
+    "known: began, biggan, classifier, cyclegan, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, "
+    "wgan_gp, or path/to/file.py"
 )
 MODEL = workloads.config_model("classifier")
 
