@@ -19,6 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the forkserver that the
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 DATA = os.environ.pop("TRAINER_DATA", None)  # configs that are made in this process would take it for their `data`
 
+LONG = (
+    "test_contract", "test_resume", "test_world_size", "test_elastic", "test_configs", "test_quality", "test_launch",
+    "test_deadline", "test_feature_classifier", "test_doctor", "test_bad_input",
+)  # fmt: skip
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--workload", help="tests/workloads/test_contract.py: a file of your own to hold to the contract")
@@ -29,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("workload", "data"):
         if own := config.getoption(f"--{name}"):
             os.environ[f"CONTRACT_{name.upper()}"] = own
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, or one worker would be left with them at the end."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

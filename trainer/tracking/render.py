@@ -14,12 +14,28 @@ from ..figures import Animation, Figure, ImageGrid, Matrix, Panels, Points, Scal
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#d9730d", "#888888", "#2e8b57"
 TILE, SHEET = 56, 220  # least pixels of a picture in a grid without captions, and of the grid
+CAPTIONED = 150  # at most, of a picture below a caption
 
 
-def _figure(width: float, height: float) -> Any:
+def _panels_of_axes(
+    rows: int, columns: int, width: float, height: float, margins: tuple[float, float, float, float], header: float = 0
+) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns): panels of so many inches below a header, each with its own margins.
+
+    The margins are left, right, bottom, top. matplotlib could find them itself, for four times the time of a drawing.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    left, right, bottom, top = margins
+    full_width, full_height = columns * width, rows * height + header
+    figure = Figure(figsize=(full_width, full_height), dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(
+        left=left / full_width, right=1 - right / full_width, bottom=bottom / full_height,
+        top=1 - (header + top) / full_height, wspace=(left + right) / (width - left - right),
+        hspace=(bottom + top) / (height - bottom - top),
+    )  # fmt: skip
+    return figure, axes
 
 
 def _png(figure: Any) -> bytes:
@@ -31,12 +47,6 @@ def _png(figure: Any) -> bytes:
 def _short(text: str, length: int) -> str:
     """At most so many characters; the middle goes, since names and percentages differ at their ends."""
     return text if len(text) <= length else f"{text[: length - 6].rstrip()}…{text[-5:].lstrip()}"
-
-
-def _title(figure: Any, text: str, size: float) -> None:
-    """A title that wraps where the figure ends."""
-    characters = int(figure.get_figwidth() * 120 / size)  # of average width; 72 points are an inch
-    figure.suptitle("\n".join(textwrap.wrap(text, characters)), fontsize=size)
 
 
 def _panels(records: list[dict[str, Any]], scalars: Mapping[str, ScalarDisplay]) -> list[str]:
@@ -64,9 +74,10 @@ def learning_curves(
     names = _panels(records, scalars)
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = _figure(4.2 * columns, 2.8 * rows + 0.3)
-    _title(figure, title, 12)
-    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
+    lines = textwrap.wrap(title, 42 * columns)
+    figure, panels = _panels_of_axes(rows, columns, 4.2, 2.8, (0.65, 0.15, 0.5, 0.35), 0.1 + 0.2 * len(lines))
+    figure.suptitle("\n".join(lines), fontsize=12, y=1 - 0.08 / figure.get_figheight())
+    for axes, name in zip(panels.flat, names, strict=False):
         _plot_metric(axes, name, records, scalars.get(name, ScalarDisplay()))
     for axes in figure.axes[len(names) :]:
         axes.set_visible(False)
@@ -122,8 +133,7 @@ def render(picture: Figure) -> bytes:
 
 def _points(points: Points) -> bytes:
     """Real points below, generated ones above."""
-    figure = _figure(5, 5.2)
-    axes = figure.subplots()
+    figure, ((axes,),) = _panels_of_axes(1, 1, 5, 5.3, (0, 0, 0, 0.3))
     axes.scatter(*points.real[:, :2].numpy().T, s=5, color=GREY, alpha=0.5, linewidths=0, label="real")
     axes.scatter(*points.generated[:, :2].numpy().T, s=5, color=ORANGE, alpha=0.6, linewidths=0, label="generated")
     axes.set_aspect("equal")
@@ -200,9 +210,9 @@ def _matrix(matrix: Matrix) -> bytes:
     ticks = range(0, count, max(1, math.ceil(count / 25)))
     names = [_short(matrix.labels[i], 22) for i in ticks]
     longest = max(map(len, names))
-    side = min(max(3.0, 0.55 * count), 12) + 0.07 * longest + 0.7
-    figure = _figure(side, side)
-    axes = figure.subplots()
+    labels = 0.07 * longest + 0.65
+    side = min(max(3.0, 0.55 * count), 12) + labels
+    figure, ((axes,),) = _panels_of_axes(1, 1, side, side, (labels - 0.1, 0.1, labels - 0.2, 0.3))
     shares = matrix.values.double() / matrix.values.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)  # the root makes rare mistakes visible
     axes.set_title(_short(matrix.title, int(11 * side)), fontsize=11)
@@ -222,21 +232,44 @@ def _matrix(matrix: Matrix) -> bytes:
 
 def _grid(grid: ImageGrid) -> bytes:
     """Images in rows, each below its caption, magnified without smoothing."""
-    count = len(grid.images)
-    columns = min(8, math.ceil(math.sqrt(count * 1.5))) if count > 1 else 1
-    rows = math.ceil(count / columns)
-    captions = ["\n".join(_short(line, 23) for line in text.split("\n")) for text in grid.captions]
-    lines = max((text.count("\n") + 1 for text in captions), default=0)
-    figure = _figure(max(1.45 * columns, 3), (1.35 + 0.17 * lines) * rows + 0.4)
-    _title(figure, grid.title, 11)
-    for axes in (panels := figure.subplots(rows, columns, squeeze=False)).flat:
-        axes.set_axis_off()
-    for index, image in enumerate(grid.images.float().nan_to_num().clamp(0, 1)):
-        axes = panels.flat[index]
-        axes.imshow(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), interpolation="nearest")
-        if captions:
-            axes.set_title(captions[index], fontsize=7)
-    return _png(figure)
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    # Its font has more alphabets than that of PIL; a figure with as many axes would take seconds to draw.
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    gap, font, title_font = 12, ImageFont.truetype(path, 11), ImageFont.truetype(path, 15)
+    images = [_magnified(image) for image in grid.images.float().nan_to_num().clamp(0, 1)]
+    captions = [[_short(line, 23) for line in text.split("\n")] for text in grid.captions]
+    columns = min(8, math.ceil(math.sqrt(len(images) * 1.5))) if len(images) > 1 else 1
+    caption_height = 15 * max(map(len, captions))
+    longest = max(font.getlength(line) for lines in captions for line in lines)
+    width, height = max(images[0].width, math.ceil(longest)) + gap, caption_height + images[0].height + gap
+    full_width = max(columns * width + gap, SHEET)
+    title = textwrap.wrap(grid.title, full_width // 9)
+    header = 22 * len(title) + gap
+    canvas = Image.new("RGB", (full_width, max(header + math.ceil(len(images) / columns) * height, SHEET)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.multiline_text((full_width / 2, gap / 2), "\n".join(title), "black", title_font, "ma", align="center")
+    for index, (image, lines) in enumerate(zip(images, captions, strict=True)):
+        middle, top = full_width / 2 + (index % columns + 0.5 - columns / 2) * width, header + index // columns * height
+        for row, line in enumerate(lines, max(map(len, captions)) - len(lines)):
+            draw.text((middle, top + 15 * row), line, "black", font, "ma")
+        canvas.paste(image, (round(middle - image.width / 2), top + caption_height))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _magnified(image: Tensor) -> Any:
+    """An image (C, H, W) in [0, 1], by a whole number or, where it is large, reduced."""
+    from PIL import Image
+
+    pixels = (image.permute(1, 2, 0).expand(-1, -1, 3) * 255).round().byte().numpy()
+    side = max(pixels.shape[:2])
+    if side > CAPTIONED:
+        return Image.fromarray(pixels).resize((CAPTIONED, CAPTIONED), Image.Resampling.BOX)
+    scale = CAPTIONED // side
+    return Image.fromarray(pixels).resize((pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.NEAREST)
 
 
 def plain(image: Tensor) -> bytes:
