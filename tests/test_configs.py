@@ -68,7 +68,7 @@ def test_a_config_takes_its_first_steps(path: Path, tmp_path: Path, real_data: s
 def test_a_header_holds_a_measurement_or_says_that_there_is_none(path: Path) -> None:
     text = " ".join(header(path))
     assert f"configs/{path.name}" in text
-    measured = re.search(r"Seeds? \d.* on .*, torch \d\.\d+, .*: .*(\d %|FID \d|\d bits)", text)
+    measured = re.search(r"Seeds? \d.* on .*, torch \d\.\d+, .*: .*(\d %|FID \d|\d bits|error \d)", text)
     assert bool(measured) != ("NOT YET RUN" in text)
 
 

@@ -58,8 +58,16 @@ def test_one_cycle_rises_for_three_tenths_of_the_run_unless_a_warm_up_is_given()
     assert build("one_cycle", total=100, warmup=10, every=1, gamma=0.1, final=0.0)(10) == 1.0
 
 
+def test_linear_is_flat_for_its_share_of_the_run_and_then_falls_in_a_straight_line() -> None:
+    schedule = build("linear", total=200, warmup=0, every=1, gamma=0.1, final=0.0, flat=0.5)
+    assert [schedule(step) for step in (0, 99, 100, 125, 150, 200, 1000)] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
+    late = build("linear", total=110, warmup=10, every=1, gamma=0.1, final=0.2, flat=0.75)
+    assert [late(step) for step in (0, 10, 85, 110)] == [1 / 11, 1.0, 1.0, pytest.approx(0.2, abs=1e-15)]
+    assert build("linear", total=100, warmup=0, every=1, gamma=0.1, final=0.0, flat=0.0)(25) == 0.75
+
+
 def test_a_warm_up_as_long_as_the_run_divides_by_nothing() -> None:
-    for name in ("cosine", "one_cycle"):
+    for name in ("cosine", "one_cycle", "linear"):
         schedule = build(name, total=5, warmup=5, every=1, gamma=0.1, final=0.0)
         assert [schedule(step) for step in range(5)] == [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6]
         assert build(name, total=1, warmup=0, every=1, gamma=0.1, final=0.0)(0) == 1.0
@@ -80,8 +88,8 @@ def test_a_length_of_its_own_ends_the_fall_before_the_run_or_in_a_run_of_unknown
 
 
 @given(
-    st.sampled_from(["constant", "step", "cosine", "one_cycle"]), st.integers(1, 10**5), st.integers(0, 10**5),
-    st.integers(1, 10**4), st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 10**6),
+    st.sampled_from(["constant", "step", "cosine", "one_cycle", "linear"]), st.integers(1, 10**5),
+    st.integers(0, 10**5), st.integers(1, 10**4), st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 10**6),
 )  # fmt: skip
 def test_every_factor_lies_between_zero_and_one_and_depends_on_the_step_alone(
     name: str, total: int, warmup: int, every: int, gamma: float, final: float, step: int

@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "evaluate a checkpoint on its held-out data",
     "predict": "label images with a checkpoint",
     "sample": "generate images, or text, with a checkpoint",
-    "translate": "turn images into others with a checkpoint of pix2pix",
+    "translate": "turn images into others with a checkpoint of pix2pix or cyclegan",
     "dream": "change an image until a layer sees more in it (deep dream)",
     "stylize": "draw an image in the style of another (style transfer)",
     "export": "write a checkpoint as safetensors, torch.export program or ONNX",

@@ -22,9 +22,9 @@ def evaluate(
     totals: Totals = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(runtime.averaged(runtime.per_rank_buffers(workload)))
-        stack.enter_context(fresh_rows(workload, loader.evaluation_rows))
         workload.eval()
         stack.callback(workload.train)
+        stack.enter_context(fresh_rows(workload, loader.evaluation_rows))
         for rows, batch in loader.evaluate():
             if runtime.stopping():
                 return None

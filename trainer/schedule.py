@@ -24,12 +24,20 @@ def cosine(total: int, final: float) -> Schedule:
     return lambda step: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
 
 
+def linear(total: int, flat: float, final: float) -> Schedule:
+    """1 for a share `flat` of the run, then in a straight line to `final` at its end."""
+    start = flat * total
+    return lambda step: 1 - (1 - final) * min(max(step - start, 0.0) / max(total - start, 1.0), 1.0)
+
+
 def warmed_up(schedule: Schedule, warmup: int) -> Schedule:
     """A linear rise over the first `warmup` steps, then the schedule from its beginning."""
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else schedule(step - warmup)
 
 
-def build(name: str, total: int, warmup: int, every: int, gamma: float, final: float) -> Schedule:
+def build(
+    name: str, total: int, warmup: int, every: int, gamma: float, final: float, flat: float = 0.5
+) -> Schedule:  # fmt: skip
     """`one_cycle` (Smith 2018) rises over the warm-up, 30 % of the run where none is given, and anneals to `final`."""
     if name == "one_cycle":
         warmup = warmup or round(0.3 * total)
@@ -38,6 +46,7 @@ def build(name: str, total: int, warmup: int, every: int, gamma: float, final: f
         "step": step_decay(every, gamma),
         "cosine": cosine(total - warmup, final),
         "one_cycle": cosine(total - warmup, final),
+        "linear": linear(total - warmup, flat, final),
     }
     return warmed_up(shapes[name], warmup) if warmup else shapes[name]
 

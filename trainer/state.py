@@ -34,7 +34,7 @@ class TrainState:
         self._rows = [plan.rank_rows(rank, runtime.world) for rank in range(runtime.world)]
         shares = [plan.rows(micro_batch, runtime.rank, runtime.world) for micro_batch in range(plan.accumulation)]
         for state in self.row_states.values():
-            state.allocate([rows.stop - rows.start for rows in shares])
+            state.allocate([rows.stop - rows.start for rows in shares], plan.batch_size)
 
     def snapshot(self) -> Checkpoint | None:
         """Copies of it all on the CPU, by all ranks at a step boundary; None where a value is not finite.

@@ -79,6 +79,10 @@ SIZES = "use a size that is 4, 5, 6 or 7 times a power of two, from 8 to 1024, s
             "workload.augment: ('color',) is no setting of stylegan, which has workload.ada_target for it: remove it",
         ),
         (
+            gan("stylegan", "--workload.conditional", "true", "--data.classes", "1"),
+            "workload.conditional: fake has no classes: remove it",
+        ),
+        (
             gan("stylegan", "--workload.deviation_group", "3"),
             "batch_size: 8 is no multiple of 3, the samples that are judged together",
         ),

@@ -29,6 +29,9 @@ BASE = ["--workload.name", "pix2pix", "--workload.width", "4", "--data.size", "8
 GIVEN = [*BASE, "--data.name", "pairs", "--data.root", "pairs", "--run.url", "given"]
 EDGES = [*BASE, "--data.name", "fake", "--data.samples", "32", "--workload.pairs", "edges", "--run.url", "edges"]
 
+DOMAINS = ["--workload.name", "cyclegan", *BASE[2:], "--data.size", "12", "--workload.blocks", "1",
+           "--data.name", "folder", "--data.root", "two"]  # fmt: skip
+
 
 def pairs(folder: Path) -> None:
     files = {f"{split}/{i}.png": disk.png(i, 16, 8) for split in ("train", "val") for i in range(8)}
@@ -37,7 +40,7 @@ def pairs(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    """A folder with the runs `given` and `edges`, and images of other sizes in `photos`."""
+    """A folder with the runs `given`, `edges` and `domains`, and images of other sizes in `photos`."""
 
     folder: Path
     results: dict[str, dict[str, Any]]
@@ -47,7 +50,10 @@ class Finished:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("trained")
     pairs(folder)
-    words = {"given": GIVEN, "edges": EDGES}
+    parts = {"trainA": 9, "trainB": 8, "testA": 6, "testB": 7}
+    disk.write(str(folder / "two"), {f"{part}/{i}.png": disk.png(i) for part, n in parts.items() for i in range(n)})
+    words = {"given": GIVEN, "edges": EDGES,
+             "domains": [*DOMAINS, "--data.domains", "A", "B", "--run.url", "domains"]}  # fmt: skip
     results = {name: json.loads(run(flags, folder).splitlines()[-1]) for name, flags in words.items()}
     disk.write(str(folder / "photos"), {f"{i}.png": disk.png(i, 20 + i, 16) for i in range(5)})
     return Finished(folder, results)
@@ -102,6 +108,21 @@ def test_translated_images_are_what_the_generator_makes_of_them(
         assert np.abs(pixels - (image.numpy() + 1) * 127.5).max() < 0.51
 
 
+@pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
+def test_a_run_of_two_domains_translates_both_ways(
+    direction: str, trained: Finished, ask: Ask, tmp_path: Path
+) -> None:  # fmt: skip
+    assert trained.results["domains"].keys() >= {"fid@pixels", "cycle_error"}
+    assert {p.name for p in (trained.folder / "domains" / "samples").iterdir()} >= {"step-00000012.png", "training.gif"}
+    ask("translate", "domains", "photos", "--direction", direction, "--out", tmp_path)
+    workload: Any = open_run("domains").workload.eval()
+    image = read_images([Path("photos/0.png")], workload.data.normalised_to((-1, 1)))
+    with torch.no_grad():
+        (expected,) = (workload.to_b if direction == "AtoB" else workload.to_a)(image)
+    pixels = np.asarray(Image.open(tmp_path / "0.png"), np.float64).transpose(2, 0, 1)
+    assert np.abs(pixels - (expected.numpy() + 1) * 127.5).max() < 0.51
+
+
 def test_drawn_inputs_are_taken_as_they_are(trained: Finished, ask: Ask, tmp_path: Path) -> None:
     made = []
     for number, words in enumerate(([], ["--inputs"], ["--seed", 1])):
@@ -115,6 +136,8 @@ def test_drawn_inputs_are_taken_as_they_are(trained: Finished, ask: Ask, tmp_pat
     [
         (["translate", "edges", "photos", "--direction", "BtoA"],
          "--direction: 'BtoA' is not known; pix2pix has: forward"),
+        (["translate", "domains", "photos", "--direction", "B"],
+         "--direction: 'B' is not known; cyclegan has: AtoB, BtoA"),
         (["translate", "edges", "photos", "photos/0.png"],
          "--out: both photos/0.png and photos/0.png would be 0.png: translate one folder at a time"),
         (["translate", "edges", "photos", "--out", "photos"],
@@ -154,3 +177,19 @@ def test_a_set_without_pairs_and_an_odd_pair_end_with_exit_code_2(tmp_path: Path
     said = refused([*GIVEN, "--duration", "4 epochs"], tmp_path, 1)
     assert said.startswith("data.bad_images: 1 images cannot be read, 0 are allowed: ")
     assert "pairs/train/3.png: its width of 15 pixels is odd, so it is no two images side by side" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        ([], "data.domains: cyclegan translates between two domains, and folder is one: set data.domains to two of its "
+             "classes, such as [A, B], or to halves"),
+        (["--data.domains", "A", "A"], "data.domains: ['A', 'A'] must be two different classes, such as [horse, deer], "
+                                       "or `halves`"),
+        (["--data.domains", "A", "C"], "data.domains: 'C' is no class of folder; there are: A, B"),
+    ],
+)  # fmt: skip
+def test_what_are_no_two_domains_ends_with_exit_code_2(words: list[str], mistake: str, tmp_path: Path) -> None:
+    parts = ("trainA", "trainB", "testA", "testB")
+    disk.write(str(tmp_path / "two"), {f"{part}/{i}.png": disk.png(i) for part in parts for i in range(6)})
+    assert refused([*DOMAINS, *words], tmp_path, 1) == mistake

@@ -24,8 +24,8 @@ from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
 KNOWN = (
-    "known: began, biggan, classifier, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, wgan_gp, or "
-    "path/to/file.py"
+    "known: began, biggan, classifier, cyclegan, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, "
+    "wgan_gp, or path/to/file.py"
 )
 MODEL = workloads.config_model("classifier")
 
@@ -241,6 +241,9 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
          "optimizer.nesterov: true needs momentum above zero: set optimizer.momentum, for example to 0.9"),
         (["--optimizer.momentum", "0.9"], None,
          "optimizer.momentum: 0.9 is a setting of sgd, not of adam: use optimizer.betas"),
+        (["--schedule.name", "linear", "--duration", "3 hours"], None,
+         "schedule.name: 'linear' needs to know the number of steps, which duration '3 hours' does not give: "
+         "set duration in epochs, steps or samples, or use constant or step"),
         (["--schedule.name", "cosine", "--duration", "3 hours"], None,
          "schedule.name: 'cosine' needs to know the number of steps, which duration '3 hours' does not give: "
          "set duration or schedule.length in epochs, steps or samples, or use constant or step"),

@@ -192,5 +192,5 @@ def test_a_description_survives_json_and_an_older_runs_can_be_read() -> None:
     assert from_json(to_json(shown)) == shown
     assert to_json(shown).keys() == {
         "name", "channels", "size", "classes", "mean", "std", "training", "evaluated", "photographs", "mixture",
-        "paired",
+        "paired", "domains",
     }  # fmt: skip

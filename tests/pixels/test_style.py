@@ -53,7 +53,7 @@ def test_the_losses_vanish_for_the_images_themselves() -> None:
 
 def test_more_weight_on_the_variation_makes_it_smoother() -> None:
     variations = [float(target.losses(picture).tv) for target, picture in
-                  (last(replace(WISH, tv_weight=weight)) for weight in (0, 1))]  # fmt: skip
+                  (last(replace(WISH, tv=weight)) for weight in (0, 1))]  # fmt: skip
     assert variations[1] < 0.7 * variations[0]
 
 

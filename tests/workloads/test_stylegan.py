@@ -255,6 +255,18 @@ def test_truncation_pulls_styles_to_their_mean() -> None:
     torch.testing.assert_close(nearly_mean[:1], mean.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
+def test_a_class_has_images_and_a_logit_of_its_own() -> None:
+    made = workload(conditional=True).eval()
+    threes, by_turns = made.samples(draws(), label=3), made.samples(draws())
+    torch.testing.assert_close(by_turns[3], threes[3])
+    assert not torch.allclose(by_turns[4], threes[4])
+    assert not torch.allclose(*(made.samples(draws(), label, truncation=0.5) for label in (3, 4)))
+    images = batch()["image"]
+    every = torch.stack([made.discriminator(images, torch.full((6,), label)) for label in range(10)], 1)
+    torch.testing.assert_close(made.discriminator(images, torch.arange(6)), every[:, :6].diag())
+    assert len(every[0].unique()) == 10
+
+
 def test_a_mixed_image_has_the_coarse_styles_of_its_row_and_the_fine_ones_of_its_column() -> None:
     made = workload(32).eval()
     with torch.no_grad():

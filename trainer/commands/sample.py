@@ -58,8 +58,8 @@ def main(words: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--truncation", metavar="X", type=float,
-        help="images: draw latents from within so many standard deviations: less varied, more typical "
-        "(default: from all)",
+        help="images: less varied, more typical: draw latents from within so many standard deviations, or multiply "
+        "StyleGAN's distance from its mean style by it (default: all)",
     )  # fmt: skip
     parser.add_argument("--class", metavar="NAME", help="images: name or number of the class (default: all in turn)")
     parser.add_argument("--data-root", metavar="DIR", help="translations: where the held-out images are")

@@ -44,9 +44,9 @@ def _parser() -> Parser:
         "--content-layer", metavar="NAME", help="whose activations are the content (default: the last but one of these)"
     )
     for name, kind, text in (
-        ("style-weight", number(float, 0), "of the difference in style"),
-        ("content-weight", number(float, 0), "of the difference in content: more keeps more of the image"),
-        ("tv-weight", number(float, 0), "of the total variation: more is smoother"),
+        ("style-weight", number(float, 0), "weight of the difference in style"),
+        ("content-weight", number(float, 0), "weight of the difference in content: more keeps more of the image"),
+        ("tv", number(float, 0), "weight of the total variation: more is smoother"),
         ("steps", number(int, 1), "steps of the optimizer"),
         ("rate", number(float, 1e-5, 1), "learning rate of adam"),
     ):
@@ -97,7 +97,7 @@ def _wish(options: argparse.Namespace, network: LayeredNetwork) -> Style:
         if layer.name in layers and not layer.grid:
             raise UserError(f"--layers: {layer.name} has no rows and columns, so no textures: use an earlier layer")
     return Style(tuple(dict.fromkeys(layers)), content_layer, options.style_weight, options.content_weight,
-                 options.tv_weight, options.steps, options.optimizer, options.rate)  # fmt: skip
+                 options.tv, options.steps, options.optimizer, options.rate)  # fmt: skip
 
 
 def _check_size(name: str, image: Tensor, wish: Style, network: LayeredNetwork) -> None:

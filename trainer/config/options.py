@@ -31,6 +31,7 @@ from .data_sets import DATA_SETS
 from .duration import Duration, Interval, Length, WarmUp
 from .yaml_file import write_yaml
 
+HALVES = ("halves",)  # as domains: the even and the odd samples of a set
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -46,6 +47,13 @@ def _yes_or_no(value: object) -> object:
 def _number(value: object) -> object:
     """Flags and the environment give text, which a Literal of numbers does not take."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _names(value: object) -> object:
+    """'horse,deer' on the command line, a list in YAML, where the names of digits are numbers."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",")]
+    return tuple(str(name) if type(name) is int else name for name in value) if isinstance(value, list) else value
 
 
 class _Checked(BaseModel):
@@ -90,6 +98,9 @@ class DataOptions(Options):
     """Loader processes per rank, where the set is not resident. Changes speed only, never a batch."""
     bad_images: int = Field(0, ge=0)
     """How many unreadable images a run may replace by a neighbour before it stops and lists them."""
+    domains: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    """Cut the set in two, for translation without pairs: the names of two classes, or `halves`, its even and its odd
+    samples. Default: not cut."""
     pad_crop: int = Field(0, ge=0, le=64)
     """Pad by so many pixels and crop at random."""
     flip: bool = False
@@ -116,6 +127,13 @@ class DataOptions(Options):
     """Text only: tokens of a window, over which the gradient flows back; the state is carried on to the next one."""
     ngram: int = Field(6, ge=0, le=16)
     """Text only: order of the n-gram that each evaluation stands beside; 0 is none."""
+
+    @field_validator("domains")
+    @classmethod
+    def _two(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names and names != HALVES and (len(names) != 2 or len(set(names)) != 2):
+            raise ValueError("must be two different classes, such as [horse, deer], or `halves`")
+        return names
 
     @field_validator("name")
     @classmethod
@@ -159,18 +177,20 @@ class OptimizerOptions(Options):
 
 
 class ScheduleOptions(Options):
-    name: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    """How the learning rate falls. cosine and one_cycle need a duration that is not a time."""
+    name: Literal["constant", "step", "cosine", "one_cycle", "linear"] = "constant"
+    """How the learning rate falls. cosine, one_cycle and linear need a duration that is not a time."""
     warmup: WarmUp = "0 steps"
     """Linear rise from zero; for one_cycle the rising part."""
     every: Interval = "30 epochs"
     """step only: multiply by gamma this often."""
     gamma: float = Field(0.1, gt=0, le=1)
     """step only."""
+    flat: float = Field(0.5, ge=0, lt=1)
+    """linear only: the share of the run before the learning rate begins to fall."""
     final: float = Field(0.0, ge=0, le=1)
-    """cosine and one_cycle: the last learning rate as a share of the peak."""
+    """cosine, one_cycle and linear: the last learning rate as a share of the peak."""
     length: Interval | None = None
-    """cosine and one_cycle: when the last learning rate is reached, to stay. Default: at the end of the run."""
+    """cosine, one_cycle and linear: when the last learning rate is reached, to stay. Default: at the end of the run."""
 
 
 class EvaluateOptions(Options):
@@ -308,8 +328,8 @@ class RunConfig(_Checked, BaseSettings):
                 f"accumulation: {self.accumulation} micro-batches cannot be cut from a batch of {self.batch_size}: "
                 f"lower accumulation or raise batch_size"
             )
-        timed = Duration.parse(self.duration).seconds is not None
-        if timed and self.schedule.name in ("cosine", "one_cycle") and self.schedule.length is None:
+        endless = Duration.parse(self.duration).seconds is not None and self.schedule.length is None
+        if endless and self.schedule.name in ("cosine", "one_cycle", "linear"):
             raise ValueError(
                 f"schedule.name: {self.schedule.name!r} needs to know the number of steps, which duration "
                 f"{self.duration!r} does not give: set duration or schedule.length in epochs, steps or samples, or use "

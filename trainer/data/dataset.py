@@ -86,14 +86,20 @@ class DataSet:
     partner: DataSet | None = None  # another set, in the same batches, in an order of its own
 
 
+def part(whole: Split, ids: Tensor) -> Split:
+    """Some samples of a split, in the order of `ids`."""
+    return whole.rows(ids) if isinstance(whole, Memory) else Part(whole, ids)
+
+
 def subsample(data: DataSet, count: int) -> DataSet:
-    """The data set with so many held-out samples: evenly spread, since many sets are sorted by class; of a text the
-    first."""
+    """The data set with so many held-out samples, of its partner too: evenly spread, since many sets are sorted by
+    class; of a text the first."""
     whole = data.held_out
+    partner = data.partner and subsample(data.partner, count)
     count = min(count, len(whole))
     ids = torch.arange(count) if data.streams else torch.arange(count) * len(whole) // count
-    part = whole.rows(ids) if isinstance(whole, Memory) else Part(whole, ids)
-    return replace(data, held_out=part, description=replace(data.description, eval_size=count))
+    description = replace(data.description, eval_size=count)
+    return replace(data, held_out=part(whole, ids), description=description, partner=partner)
 
 
 def plan_of(data: DataSet, seed: int, batch_size: int, accumulation: int = 1, group: int = 1) -> BatchPlan:

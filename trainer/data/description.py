@@ -43,6 +43,7 @@ class ImageDescription(Description):
     variable_size: bool = False  # whether images are of many sizes, and so are cropped
     mixture: Mixture | None = None  # of points, which are images of 2 channels and 1 pixel
     paired: bool = False  # whether a batch also holds "input", shaped as "image", which that is to be made of
+    domains: tuple[str, ...] = ()  # names of the two sets whose images are in a batch, where there are two
 
     def normalised_to(self, input_range: tuple[float, float] | None) -> ImageDescription:
         """With the mean and deviation that bring pixels into a range; the data set's own for None."""

@@ -9,8 +9,9 @@ from dataclasses import replace
 from ..config.data_sets import DATA_SETS
 from ..config.options import DataOptions, UserError
 from ..config.user_code import load_attribute
-from .dataset import DataSet, reason_of
+from .dataset import DataSet, reason_of, subsample
 from .description import KINDS, ImageDescription
+from .domains import as_domains
 
 Open = Callable[[DataOptions, str, str], DataSet]  # of options, root and the split to evaluate
 
@@ -35,7 +36,8 @@ def open_data(options: DataOptions, root: str, split: str) -> DataSet:
         if "://" not in root:
             raise
         raise UserError(f"data.root: {root!r} cannot be read: {reason_of(error)}") from error
-    return _checked(data, options, root)
+    data = _checked(data, options, root)
+    return _two_sets(as_domains(data, options.domains) if options.domains else data)
 
 
 def _checked(data: DataSet, options: DataOptions, root: str) -> DataSet:
@@ -52,3 +54,14 @@ def _checked(data: DataSet, options: DataOptions, root: str) -> DataSet:
         if not len(part):
             raise UserError(f"data.name: {options.name}: the {name} split in {root!r} is empty: check data.root")
     return data if data.partner is None else replace(data, partner=_checked(data.partner, options, root))
+
+
+def _two_sets(data: DataSet) -> DataSet:
+    """Where there is a partner, both by their names, and with as many held-out samples: what is made of one is compared
+    with the other."""
+    d, partner = data.description, data.partner
+    if partner is None:
+        return data
+    if isinstance(d, ImageDescription) and not d.domains:
+        data = replace(data, description=replace(d, domains=(d.name, partner.description.name)))
+    return subsample(data, min(len(data.held_out), len(partner.held_out)))

@@ -125,26 +125,35 @@ def _read_remote(url: str, locations: Sequence[Location]) -> list[Encoded]:
 
 
 def folder(options: DataOptions, root: str, split: str) -> DataSet:
-    """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored."""
+    """train/CLASS/*.jpg and val/ or test/ in the same layout; names that begin with a dot are ignored.
+
+    Also the layout in which two domains are published, trainA/*.jpg, trainB/*.jpg, testA/ and testB/: classes A and B.
+    """
     fs, base = filesystem(root)
     fs.invalidate_cache()  # another process may have written since
-    splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}")]
+
+    def class_folders(split: str) -> dict[str, str]:
+        inside = {p.rpartition("/")[2]: p for p in names_in(fs, f"{base}/{split}") if fs.isdir(p)}
+        return inside or {letter: f"{base}/{split}{letter}" for letter in "AB" if fs.isdir(f"{base}/{split}{letter}")}
+
+    splits = [n for n in ("train", "val", "test") if fs.isdir(f"{base}/{n}") or fs.isdir(f"{base}/{n}A")]
     if "train" not in splits:
         raise UserError(
-            f"data.root: no folder 'train' in {root!r}: an image folder is train/CLASS/*.jpg and val/ or test/"
+            f"data.root: no folder 'train' in {root!r}: an image folder is train/CLASS/*.jpg and val/ or test/, or "
+            f"trainA/*.jpg, trainB/, testA/ and testB/"
         )
     held_out = choose_split(split, splits, f"the folder {root!r}")
     classes: list[str] = []
     parts: dict[str, Files] = {}
     for name in dict.fromkeys(("train", held_out)):
         paths, labels = [], []
-        folders = {p.rpartition("/")[2]: p for p in names_in(fs, f"{base}/{name}") if fs.isdir(p)}
+        folders = class_folders(name)
         if name == "train":
             classes = list(folders)
         if not folders:
             raise UserError(f"data.root: {base}/{name} has no class folders: an image folder is {name}/CLASS/*.jpg")
         if unknown := sorted(set(folders) - set(classes)):
-            raise UserError(f"data.root: {base}/{name}/{unknown[0]} is a class that train/ does not have")
+            raise UserError(f"data.root: {folders[unknown[0]]} is a class that train/ does not have")
         for label, path in folders.items():
             images = [p for p in names_in(fs, path) if p.lower().endswith(SUFFIXES)]
             if not images:

@@ -20,15 +20,16 @@ class RowState(nn.Module):
 
     value: Tensor
 
-    def __init__(self, shape: Sequence[int], axis: int = 0) -> None:
-        """`shape` is that of one row's entry; `axis` is where the rows are inserted."""
+    def __init__(self, shape: Sequence[int], axis: int = 0, evaluated: bool = True) -> None:
+        """`shape` is that of one row's entry; `axis` is where the rows are inserted. What only training reads is not
+        `evaluated`, and then takes no memory in an evaluation."""
         super().__init__()
-        self.shape, self.axis = tuple(shape), axis
+        self.shape, self.axis, self.evaluated = tuple(shape), axis, evaluated
         self.starts = [0]  # of each micro-batch among the rank's rows
         self.register_buffer("value", torch.zeros(0), persistent=False)
 
-    def allocate(self, rows: Sequence[int]) -> None:
-        """Zeros for so many rows in each micro-batch."""
+    def allocate(self, rows: Sequence[int], batch_size: int) -> None:
+        """Zeros for so many rows in each micro-batch, of a global batch of that size."""
         self.starts = [sum(rows[:index]) for index in range(len(rows))]
         self.value = self.value.new_zeros(*self.shape[: self.axis], sum(rows), *self.shape[self.axis :])
 
@@ -47,7 +48,7 @@ class RowState(nn.Module):
     def fresh(self, rows: int) -> Iterator[None]:
         """Zeros for so many rows, for an evaluation; then the entries of training again."""
         kept = self.value, self.starts
-        self.allocate([rows])
+        self.allocate([rows] if self.evaluated or self.training else [], rows)
         try:
             yield
         finally:

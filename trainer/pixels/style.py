@@ -22,7 +22,7 @@ class Style:
     content_layer: str
     style_weight: float = 1.0
     content_weight: float = 0.02
-    tv_weight: float = 0.03
+    tv: float = 0.03  # the weight of the total variation
     steps: int = 200
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
     rate: float = 0.02  # Adam's only
@@ -65,7 +65,7 @@ class Target:
 
     def loss(self, picture: Tensor) -> Tensor:
         losses, wish = self.losses(picture), self.wish
-        return wish.style_weight * losses.style + wish.content_weight * losses.content + wish.tv_weight * losses.tv
+        return wish.style_weight * losses.style + wish.content_weight * losses.content + wish.tv * losses.tv
 
 
 def _distance(value: Tensor, target: Tensor) -> Tensor:

@@ -78,14 +78,15 @@ class Recipe:
         warmup = steps(s.warmup)
         if total is not None and warmup >= total:
             raise UserError(f"schedule.warmup: {s.warmup!r} is not shorter than {whole}: shorten the warm-up")
-        return schedule.build(s.name, total or 0, warmup, steps(s.every), s.gamma, s.final)
+        return schedule.build(s.name, total or 0, warmup, steps(s.every), s.gamma, s.final, s.flat)
 
     @cached_property
     def evaluator(self) -> Evaluator:
         return self.workload.evaluator(self._scores)
 
     def _scores(self) -> Scores:
-        self.reference = self.reference or open_reference(self.config, self.data.description)
+        other = self.data.partner or self.data  # what is made of one set is compared with the other
+        self.reference = self.reference or open_reference(self.config, other.description)
         return self.reference.scores
 
     def renew_workload(self) -> None:
@@ -140,7 +141,7 @@ class Recipe:
     def prepare_reference(self, loader: BatchLoader, runtime: Runtime) -> None:
         """Take the statistics that generated images are compared with, where they are; all ranks together."""
         if self.reference is not None:
-            self.reference.prepare(loader, runtime)
+            self.reference.prepare(loader.partner or loader, runtime)
 
 
 def recipe(

@@ -49,6 +49,8 @@ class Options(AdversarialOptions):
     """The most channels of a layer."""
     mapping_layers: int = Field(8, ge=1, le=64)
     """Layers of the network from z to w."""
+    conditional: bool = False
+    """Generate images of a class: its embedding joins z, and the discriminator has a logit for each class."""
     style_mixing: float = Field(0.9, ge=0, le=1)
     """Share of the fakes whose later layers have the style of another latent while training."""
     r1: float = Field(1.0, ge=0)
@@ -79,7 +81,10 @@ class StyleGan(Adversarial):
     mean_path_length: Tensor
 
     def __init__(self, options: Options, data: ImageDescription, optimizer: OptimizerOptions) -> None:
+        if options.conditional and len(data.classes) < 2:
+            raise ValueError(f"workload.conditional: {data.name} has no classes: remove it")
         super().__init__(options, data, optimizer, Generator(options, data), Discriminator(options, data))
+        self.conditional = options.conditional
         self.scalars = {**displays(**self.criterion.losses), "ada_p": ScalarDisplay(True, "ADA p")}
         self.group = options.deviation_group
         intervals = {"discriminator": options.r1_every if options.r1 else 0,
@@ -103,9 +108,10 @@ class StyleGan(Adversarial):
 
     def _new_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes made from styles (B, layers, latent), which the path length is measured from."""
+        labels = batch["label"] if self.conditional else None
         with drawing(self.generator, draws), self._full_precision(self.path_length_due(draws)):
-            styles = self.generator.styles(self.latents(draws))
-            return Fakes(self.generate(styles, None), styles, None)
+            styles = self.generator.styles(self.latents(draws), labels)
+            return Fakes(self.generate(styles, labels), styles, labels)
 
     def generate(self, z: Tensor, labels: Tensor | None) -> Views:
         return (self.generator.synthesise(z),)
@@ -121,11 +127,11 @@ class StyleGan(Adversarial):
         fakes = self.detached_fakes(batch, draws)
         images = batch["image"].detach().requires_grad_(due)
         with self._full_precision(due):
-            real = self.discriminate(self.augment_inputs((images,), draws, "real"), None, draws)
+            real = self.discriminate(self.augment_inputs((images,), draws, "real"), fakes.labels, draws)
             if due:
                 (gradient,) = torch.autograd.grad(real.sum(), images, create_graph=True)
                 penalty = options.r1 / 2 * options.r1_every * gradient.square().sum((1, 2, 3)).mean()
-        fake = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), None, draws)
+        fake = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), fakes.labels, draws)
         loss = self.criterion.discriminator(real, fake, options.label_smoothing)
         scalars = self.signals(loss, real, fake)
         scalars |= {"real_sign": real.detach().sign().mean(), "ada_p": self.ada_p.clone()}
@@ -136,7 +142,7 @@ class StyleGan(Adversarial):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         options, fakes = self.options, self.generate_fakes(batch, draws)
-        logits = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), None, draws)
+        logits = self.discriminate(self.augment_inputs(fakes.views, draws, "fake"), fakes.labels, draws)
         loss = self.criterion.generator(logits)
         scalars = {"generator_loss": loss.detach()}
         if self.path_length_due(draws):
@@ -163,9 +169,12 @@ class StyleGan(Adversarial):
     def mean_style(self) -> Tensor:
         """w (latent,) of the averaged generator, over fixed latents: no state, and the same at every world size."""
         rows = slice(0, MEAN_STYLE_LATENTS)
-        latents = self.latents(Draws(0, ("mean style",), rows, self.ada_p.device, self.dtype))
-        mean: Tensor = self._averaged.mapping(latents).mean(0)
-        return mean
+        draws = Draws(0, ("mean style",), rows, self.ada_p.device, self.dtype)
+        return self._averaged.mapping(self.latents(draws), self.labels(draws)).mean(0)
+
+    def styles(self, draws: Draws, label: int | None = None) -> Tensor:
+        """(B, layers, latent) of the averaged generator."""
+        return self._averaged.styles(self.latents(draws), self.labels(draws, label))
 
     @property
     def _averaged(self) -> Generator:
@@ -182,12 +191,12 @@ class StyleGan(Adversarial):
     def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor:
         if truncation is None:
             return super().samples(draws, label)
-        return self.truncated(self._averaged.styles(self.latents(draws)), truncation)
+        return self.truncated(self.styles(draws, label), truncation)
 
     @torch.no_grad()
     def figures(self, totals: Totals, images: Callable[[Iterable[int]], Tensor], draws: Draws) -> dict[str, Figure]:
         figures = super().figures(totals, images, draws)
-        styles = self._averaged.styles(self.latents(draws.of(10)))
+        styles = self.styles(draws.of(10))
         grids = [self.truncated(styles, psi) for psi in SHOWN_TRUNCATIONS]
         rows = tuple(f"psi {psi:g}" for psi in SHOWN_TRUNCATIONS)
         figures["truncation"] = ImageGrid(unit(torch.cat(grids)), (), "styles pulled to their mean", 10, rows)
@@ -198,7 +207,7 @@ class StyleGan(Adversarial):
     def mixed(self, draws: Draws, rows: int, columns: int) -> ImageGrid:
         """The images of a column and a row of latents, and between them those with coarse styles of the column's."""
         network = self._averaged
-        styles = network.styles(self.latents(draws.of(rows + columns)))
+        styles = self.styles(draws.of(rows + columns))
         fine, coarse = styles[:columns], styles[columns:]
         cut = network.coarse_layers
         crossed = torch.cat([
@@ -216,7 +225,8 @@ class StyleGan(Adversarial):
         first, second = self.latents(draws.of(2 * count)).split(count)
         angles = torch.linspace(0, 2 * math.pi, FRAMES + 1, device=first.device, dtype=first.dtype)[:-1, None, None]
         path = first * angles.cos() + second * angles.sin()
-        frames = [F.avg_pool2d(unit(self.images(z, None)), max(1, self.data.size // WALKING)) for z in path]
+        labels = self.labels(draws.of(count))
+        frames = [F.avg_pool2d(unit(self.images(z, labels)), max(1, self.data.size // WALKING)) for z in path]
         return Animation(torch.stack(frames), columns=math.isqrt(count))
 
 
@@ -269,6 +279,11 @@ def equalised(layer: Layer, gain: float = ROOT2, rate: float = 1.0) -> Layer:
 
 def activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, 0.2)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Rows (B, N) with a mean square of 1."""
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
 class Blur(nn.Module):
@@ -383,13 +398,15 @@ def widths(options: Options, data: ImageDescription) -> list[int]:
 
 
 class Generator(Drawn):
-    """z (B, latent) to images (B, C, H, W) in [-1, 1]: `mapping` to w, `styles` for each layer, `synthesise` images."""
+    """z (B, latent), and labels (B,) where it is conditional, to images (B, C, H, W) in [-1, 1]: `mapping` gives w,
+    `styles` those of each layer, `synthesise` the images."""
 
     def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
         self.latent, self.style_mixing = options.latent, options.style_mixing
-        layers = [equalised(nn.Linear(self.latent, self.latent), rate=0.01) for _ in range(options.mapping_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.embed = nn.Embedding(len(data.classes), self.latent) if options.conditional else None
+        inputs = [self.latent * (2 if options.conditional else 1)] + [self.latent] * (options.mapping_layers - 1)
+        self.layers = nn.ModuleList(equalised(nn.Linear(before, self.latent), rate=0.01) for before in inputs)
         channels = widths(options, data)
         self.constant = nn.Parameter(nn.init.normal_(torch.empty(1, channels[0], 4, 4)))
         self.first = StyledLayer(self.latent, channels[0], channels[0], 4)
@@ -401,20 +418,22 @@ class Generator(Drawn):
         self.style_count = 2 * len(channels)  # a layer that makes an image shares its style with the layer after it
         self.coarse_layers = min(4, self.style_count // 2)  # those up to 8 pixels
 
-    def mapping(self, z: Tensor) -> Tensor:
+    def mapping(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """w (B, latent)."""
-        w = z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-8)
+        w = normalised(z)
+        if self.embed is not None:
+            w = torch.cat([w, normalised(self.embed(labels))], 1)
         for layer in self.layers:
             w = activate(layer(w))
         return w
 
-    def styles(self, z: Tensor) -> Tensor:
+    def styles(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, layers, latent): w for every layer; while training the later ones may have another latent's."""
         count = self.style_count
-        styles = self.mapping(z)[:, None].expand(-1, count, -1)
+        styles = self.mapping(z, labels)[:, None].expand(-1, count, -1)
         if self.draws is None or not self.style_mixing:
             return styles
-        others = self.mapping(self.draws.normal("mixing/z", (self.latent,)))[:, None]
+        others = self.mapping(self.draws.normal("mixing/z", (self.latent,)), labels)[:, None]
         crossover = 1 + self.draws.integers("mixing/crossover", count - 1, (1,))
         mixed = self.draws.uniform("mixing", (1,)) < self.style_mixing
         later = mixed & (torch.arange(count, device=z.device) >= crossover)
@@ -428,8 +447,8 @@ class Generator(Drawn):
             x, image = level(x, image, *w[2 * index + 1 : 2 * index + 4])
         return image
 
-    def forward(self, z: Tensor) -> Tensor:
-        return self.synthesise(self.styles(z)).clamp(-1, 1)
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.synthesise(self.styles(z, labels)).clamp(-1, 1)
 
 
 class Down(nn.Module):
@@ -460,7 +479,7 @@ def with_deviation(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images to logits (B,)."""
+    """Images, and labels (B,) where it is conditional, to logits (B,)."""
 
     def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
@@ -470,11 +489,12 @@ class Discriminator(nn.Module):
         self.blocks = nn.Sequential(*(Down(before, after) for before, after in itertools.pairwise(channels)))
         last = channels[-1]
         self.conv = equalised(nn.Conv2d(last + (self.group > 1), last, 3, padding=1))
-        self.hidden, self.logit = equalised(nn.Linear(16 * last, last)), equalised(nn.Linear(last, 1), 1.0)
+        self.hidden = equalised(nn.Linear(16 * last, last))
+        self.logits = equalised(nn.Linear(last, len(data.classes) if options.conditional else 1), 1.0)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.blocks(activate(self.from_image(images)))
         if self.group > 1:
             x = with_deviation(x, self.group)
-        logits: Tensor = self.logit(activate(self.hidden(activate(self.conv(x)).flatten(1))))
-        return logits[:, 0]
+        logits: Tensor = self.logits(activate(self.hidden(activate(self.conv(x)).flatten(1))))
+        return logits[:, 0] if labels is None else logits.gather(1, labels[:, None])[:, 0]
