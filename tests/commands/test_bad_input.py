@@ -127,7 +127,10 @@ def test_a_batch_that_is_smaller_than_the_world(tmp_path: Path) -> None:
 def test_data_that_is_not_there(tmp_path: Path, world: int) -> None:
     (tmp_path / "images").mkdir()
     said = refused([*FOLDER, *SHORT], tmp_path, world)
-    assert said == "data.root: no folder 'train' in 'images': an image folder is train/CLASS/*.jpg and val/ or test/"
+    assert said == (
+        "data.root: no folder 'train' in 'images': an image folder is train/CLASS/*.jpg and val/ or test/, or "
+        "trainA/*.jpg, trainB/, testA/ and testB/"
+    )
     said = refused(["--data.name", "mnist", "--data.download", "false", "--data.root", "images"], tmp_path, world)
     assert said.startswith("data.root: mnist is not in 'images' and data.download is off: put MNIST/raw/")
 

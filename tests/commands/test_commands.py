@@ -319,6 +319,7 @@ def test_the_version_is_one_word(ask: Ask) -> None:
 def test_garbage_is_collected_again_once_torch_is_imported() -> None:
     script = """
 import gc
+from trainer.__main__ import main
 main(["config"])
 print(gc.isenabled(), gc.get_freeze_count())
 """

@@ -87,7 +87,7 @@ def test_sampling_shows_what_becomes_of_held_out_images(trained: Finished, ask: 
     for number, seed in enumerate((0, 0, 1)):
         path = tmp_path / f"{number}.png"
         code, out, _ = ask("sample", "given", "--out", path, "--count", 5, "--seed", seed)
-        assert (code, out) == (0, f"held-out images and what step 12 makes of them: {path}")
+        assert (code, out) == (0, f"5 samples of step 12: {path}")
         shown.append(path.read_bytes())
     assert shown[0] == shown[1] != shown[2]
 
@@ -145,10 +145,9 @@ def test_drawn_inputs_are_taken_as_they_are(trained: Finished, ask: Ask, tmp_pat
         (["translate", "edges", "nowhere"], "nowhere: no such file or folder"),
         (["translate", "edges", "photos", "--batch-size", "0"], "translate: --batch-size must be 1 or more"),
         (["sample", "edges", "--class", "1"],
-         "--class: pix2pix does not generate by class: leave it out, or use biggan"),
+         "--class: pix2pix gives translations, not images: leave it out"),
         (["sample", "edges", "--out", "folder"],
-         "sample: pix2pix draws no latents, so its samples are one picture of held-out images: leave --truncation out, "
-         "and give --out a FILE.png; `translate` writes a file each"),
+         "--out: 'folder': give a FILE.png for held-out images; `translate` writes a file each"),
         (["sample", "given", "--data-root", "photos"], "data.root: no folder 'train' in 'photos': pairs are"),
         (["predict", "edges", "photos"], "edges: pix2pix labels nothing: give a classifier's run"),
     ],

@@ -243,7 +243,7 @@ SEVERAL = "workload: {network: nope}\nbatch_size: x\noptimizer: {lr: -1, lrr: 2}
          "optimizer.momentum: 0.9 is a setting of sgd, not of adam: use optimizer.betas"),
         (["--schedule.name", "linear", "--duration", "3 hours"], None,
          "schedule.name: 'linear' needs to know the number of steps, which duration '3 hours' does not give: "
-         "set duration in epochs, steps or samples, or use constant or step"),
+         "set duration or schedule.length in epochs, steps or samples, or use constant or step"),
         (["--schedule.name", "cosine", "--duration", "3 hours"], None,
          "schedule.name: 'cosine' needs to know the number of steps, which duration '3 hours' does not give: "
          "set duration or schedule.length in epochs, steps or samples, or use constant or step"),

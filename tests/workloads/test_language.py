@@ -59,7 +59,7 @@ def test_windows_read_one_after_the_other_are_one_long_text(cell: str, parts: An
     assert isinstance(workload, Language)
     text = torch.randint(9, (2, 25), generator=torch.Generator().manual_seed(0))
     for state in workload.states.values():
-        state.allocate([2])
+        state.allocate([2], 2)
     windows = [workload.nats({"tokens": text[:, start : start + 9]}, draws(2)) for start in (0, 8, 16)]
     zero = [torch.zeros(2, 2, 6, dtype=torch.float64) for _ in workload.states]
     logits = workload.network(text[:, :-1], *zero)[0]
@@ -96,7 +96,7 @@ def test_dropout_leaves_out_the_same_inputs_in_a_whole_window_and_none_when_eval
     dropped: list[Tensor] = []
     workload.network.dropouts[0].register_forward_hook(lambda module, inputs, output: dropped.append(output == 0))
     for state in workload.states.values():
-        state.allocate([3])
+        state.allocate([3], 3)
     batch = {"tokens": torch.zeros(3, 9, dtype=torch.int64)}
     workload.train().nats(batch, draws(3))
     (masks,) = dropped
