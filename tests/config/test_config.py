@@ -23,10 +23,7 @@ from trainer.config.options import Duration, RunConfig, UserError, data_root, di
 from trainer.config.settings import build_config, config_class, read_yaml
 from trainer.run.opened import load_config
 
-KNOWN = (
-    "known: began, biggan, classifier, cyclegan, dcgan, gan, infogan, language, pix2pix, r3gan, stylegan, wgan, "
-    "wgan_gp, or path/to/file.py"
-)
+KNOWN = f"known: {', '.join(workloads.names())}, or path/to/file.py"
 MODEL = workloads.config_model("classifier")
 
 
