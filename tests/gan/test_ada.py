@@ -183,6 +183,12 @@ def test_an_operation_takes_place_with_probability_p(operation: str) -> None:
     assert float(same.double().mean()) == pytest.approx(1 - 0.25 * (1 - neutral), abs=0.02)
 
 
+def test_autocast_moves_no_image_elsewhere() -> None:
+    exact = augment(images(), 0.8, draws(), "real")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(images(), 0.8, draws(), "real"), exact)
+
+
 def test_gradients_are_right_twice() -> None:
     x = images(2, size=3).requires_grad_()
 

@@ -28,7 +28,8 @@ def augment(images: Tensor, p: Tensor | float, draws: Draws, name: str) -> Tenso
     choices are those of `name`: real and fake images have one each.
     """
     chances = _Chances(p, draws, f"{name}/ada")
-    return _recolour(_move(images.to(draws.dtype), chances), chances)
+    with torch.autocast(images.device.type, enabled=False):  # coordinates in bf16 would be off by pixels
+        return _recolour(_move(images.to(draws.dtype), chances), chances)
 
 
 class _Chances:
