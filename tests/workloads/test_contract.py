@@ -8,7 +8,9 @@ holds a file of your own to it, on fake images or on data of your own.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,38 +110,56 @@ def engine(
 
 
 Result = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]
+Trained = Callable[[str, int], list[Result]]
+TOGETHER = 8  # cases in one start of the ranks, which costs more than the training of one
 
 
-def trained(runtime: Runtime, case: str) -> Result:
-    """Weights of a whole run, of one that was cut in the middle and resumed, and the metrics."""
-    whole, _ = engine(runtime, case)
-    assert whole.train().status == "done"
-    first, saver = engine(runtime, case, STEPS // 2)
-    first.train()
-    second, _ = engine(runtime, case, checkpoint=saver.on_all_ranks(runtime))
-    second.train()
-    return whole.workload.state_dict(), second.workload.state_dict(), whole.boundary.metrics
+def trained(runtime: Runtime, cases: Sequence[str]) -> list[Result]:
+    """Of each case: weights of a whole run, of one that was cut in the middle and resumed, and the metrics."""
+    results = []
+    for case in cases:
+        try:
+            whole, _ = engine(runtime, case)
+            assert whole.train().status == "done"
+            first, saver = engine(runtime, case, STEPS // 2)
+            first.train()
+            second, _ = engine(runtime, case, checkpoint=saver.on_all_ranks(runtime))
+            second.train()
+        except BaseException as error:
+            error.add_note(f"in the case {case!r}")
+            raise
+        results.append((whole.workload.state_dict(), second.workload.state_dict(), whole.boundary.metrics))
+    return results
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Result]:
-    return {}
+def on_each_rank(request: pytest.FixtureRequest) -> Trained:
+    """What every rank has of a case in a world of some size; cases that are asked for are trained together."""
+    wanted = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    cases = [case for case in CASES if case in wanted]
+
+    @functools.cache
+    def start(first: int, world: int) -> list[list[Result]]:
+        return on_ranks(world, trained, cases[first : first + TOGETHER], timeout=250)
+
+    def on_each_rank(case: str, world: int) -> list[Result]:
+        index = cases.index(case)
+        return [results[index % TOGETHER] for results in start(index - index % TOGETHER, world)]
+
+    return on_each_rank
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, alone: dict[str, Result]) -> None:
-    (alone[case],) = on_ranks(1, trained, case)
-    whole, resumed, _ = alone[case]
+def test_a_run_that_was_cut_goes_on_bit_for_bit(case: str, on_each_rank: Trained) -> None:
+    ((whole, resumed, _),) = on_each_rank(case, 1)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_world_size_changes_nothing(case: str, world: int, alone: dict[str, Result]) -> None:
-    if case not in alone:
-        (alone[case],) = on_ranks(1, trained, case)
-    weights, _, metrics = alone[case]
-    for whole, resumed, sharded_metrics in on_ranks(world, trained, case):
+def test_the_world_size_changes_nothing(case: str, world: int, on_each_rank: Trained) -> None:
+    ((weights, _, metrics),) = on_each_rank(case, 1)
+    for whole, resumed, sharded_metrics in on_each_rank(case, world):
         assert difference(weights, whole) < 1e-9
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
         assert sharded_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-9)
