@@ -161,6 +161,7 @@ def test_a_cancelled_run_is_not_requeued_and_resumes_when_it_is_requeued_by_hand
     job.check(reference)
 
 
+@pytest.mark.timeout(600)  # a slow machine needs ten of its half minutes
 def test_a_job_is_warned_before_its_time_limit_and_requeues_itself(cluster: Cluster, tmp_path: Path) -> None:
     """The real limit of a minute: Slurm's warning comes between 30 and 60 seconds before it."""
     longer = ["--duration", "3000 steps", "--checkpoint.every", "100 steps"]
@@ -168,7 +169,7 @@ def test_a_job_is_warned_before_its_time_limit_and_requeues_itself(cluster: Clus
                     settings=tuple(longer), signal_seconds=30)  # fmt: skip
     (tmp_path / "reference").mkdir()
     run_here([*SETTINGS, *longer, "--run.url", "run"], tmp_path / "reference")
-    job.until_state("COMPLETED", seconds=240)
+    job.until_state("COMPLETED", seconds=500)
     job.check(tmp_path / "reference" / "run", steps=3000)
     assert job.attempts()[0][0] == "time_limit", job.log()
     assert int(job.show("Restarts")) >= 1
