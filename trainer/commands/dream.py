@@ -20,6 +20,7 @@ from .pictures import (
     check_layers,
     choose_device,
     number,
+    number_arguments,
     picture_arguments,
     read_picture,
 )
@@ -39,16 +40,14 @@ def _parser() -> Parser:
         "--channel", metavar="N", type=number(int, 0),
         help="raise the mean of this channel of the layer alone; of the last layer it is a class (default: all)",
     )  # fmt: skip
-    for name, kind, text in (
+    number_arguments(parser, usual, (
         ("octaves", number(int, 1), "sizes that are worked on, from small to large: more of them make larger shapes"),
         ("octave-scale", number(float, 1.05, 4), "ratio of two sizes"),
         ("steps", number(int, 1), "steps in each octave"),
         ("rate", number(float, 1e-5, 1), "mean change of a pixel in a step, as a share of white"),
         ("jitter", number(int, 0), "random shift before each step, in pixels at most"),
         ("seed", int, "of the jitter"),
-    ):
-        default = getattr(usual, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
+    ))  # fmt: skip
     picture_arguments(parser, "dream.png")
     return parser
 

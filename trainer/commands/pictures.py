@@ -45,6 +45,16 @@ def number(kind: type[int] | type[float], low: float, high: float = math.inf) ->
 SIDE = number(int, SMALLEST, LARGEST)
 
 
+Number = tuple[str, Callable[[str], float], str]  # a flag's name, what makes a number of its text, and its help
+
+
+def number_arguments(parser: argparse.ArgumentParser, usual: object, numbers: Sequence[Number]) -> None:
+    """A flag for each number; its default is the attribute of that name."""
+    for name, kind, text in numbers:
+        default = getattr(usual, name.replace("-", "_"))
+        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
+
+
 def picture_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--size", metavar="N", type=SIDE, default=384, help="longer side in pixels (default: 384)")
     parser.add_argument(

@@ -21,6 +21,7 @@ from .pictures import (
     check_layers,
     choose_device,
     number,
+    number_arguments,
     picture_arguments,
     read_picture,
 )
@@ -43,15 +44,13 @@ def _parser() -> Parser:
     parser.add_argument(
         "--content-layer", metavar="NAME", help="whose activations are the content (default: the last but one of these)"
     )
-    for name, kind, text in (
+    number_arguments(parser, usual, (
         ("style-weight", number(float, 0), "weight of the difference in style"),
         ("content-weight", number(float, 0), "weight of the difference in content: more keeps more of the image"),
         ("tv", number(float, 0), "weight of the total variation: more is smoother"),
         ("steps", number(int, 1), "steps of the optimizer"),
         ("rate", number(float, 1e-5, 1), "learning rate of adam"),
-    ):
-        default = getattr(usual, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{text} (default: {default})")
+    ))  # fmt: skip
     parser.add_argument("--optimizer", metavar="NAME", default=usual.optimizer, choices=["lbfgs", "adam"],
                         help=f"lbfgs | adam (default: {usual.optimizer})")  # fmt: skip
     parser.add_argument("--style-size", metavar="N", type=SIDE,
