@@ -178,7 +178,7 @@ class OptimizerOptions(Options):
 
 class ScheduleOptions(Options):
     name: Literal["constant", "step", "cosine", "one_cycle", "linear"] = "constant"
-    """How the learning rate falls. cosine, one_cycle and linear need a duration that is not a time."""
+    """How the learning rate falls. cosine, one_cycle and linear need a length, or a duration that is not a time."""
     warmup: WarmUp = "0 steps"
     """Linear rise from zero; for one_cycle the rising part."""
     every: Interval = "30 epochs"
@@ -199,7 +199,7 @@ class EvaluateOptions(Options):
     split: Literal["auto", "val", "test", "train"] = "auto"
     """auto: val where there is one, else test."""
     batch_size: int = Field(500, ge=1)
-    """Global. Changes speed and memory only."""
+    """Global. Changes speed and memory only; of a text also how many rows begin without a state."""
     samples: int | None = Field(None, ge=1)
     """Evaluate only so many samples, evenly spread over the split, for a quick look. Default: all."""
 
