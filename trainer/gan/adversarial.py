@@ -160,7 +160,7 @@ class Adversarial(Workload):
         """Logits (B,) in full precision."""
         with drawing(self.discriminator, draws):
             logits = self.discriminator(*views, labels) if self.conditional else self.discriminator(*views)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(logits)
 
     def generate_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes to train the generator on: those that the discriminator has just seen, else new ones."""
@@ -261,7 +261,7 @@ class Adversarial(Workload):
         """Images (B, C, H, W) in [-1, 1] of the averaged generator, where there is one."""
         network = self.inference()
         images: Tensor = network(z, labels) if self.conditional else network(z)
-        return images.float() if images.dtype != torch.float64 else images
+        return wide(images)
 
     def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
         return GeneratorEvaluator(self, scores())
@@ -342,6 +342,11 @@ def max_singular_value(network: nn.Module) -> float:
             gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
             values.append(float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()))
     return max(values)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In full precision, also under autocast."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def unit(images: Tensor) -> Tensor:

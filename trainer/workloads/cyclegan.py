@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config.options import OptimizerOptions, WorkloadOptions
 from ..data.description import Batch, ImageDescription
 from ..figures import Figure, ImageGrid, Panels, ScalarDisplay
-from ..gan.adversarial import unit
+from ..gan.adversarial import unit, wide
 from ..gan.dcgan import initialise
 from ..gan.patch import PatchDiscriminator, patch_layers
 from ..gan.pool import ImagePool
@@ -206,11 +206,6 @@ def _check(options: Options, data: ImageDescription) -> None:
         )
     if options.known_map == "hue" and data.channels != 3:
         raise ValueError(f"workload.known_map: hue is of colours, and the images of {data.name} have none: use invert")
-
-
-def wide(x: Tensor) -> Tensor:
-    """In full precision."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def difference(images: Pair, targets: Pair) -> Tensor:

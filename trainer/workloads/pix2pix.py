@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config.options import OptimizerOptions, WorkloadOptions
 from ..data.description import Batch, ImageDescription
 from ..figures import Figure, ScalarDisplay
+from ..gan.adversarial import wide
 from ..gan.criteria import CRITERIA, displays
 from ..gan.dcgan import initialise
 from ..gan.patch import PatchDiscriminator, patch_layers
@@ -112,7 +113,7 @@ class Pix2Pix(Workload):
     def judge(self, discriminator: PatchDiscriminator, inputs: Tensor, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w) in full precision."""
         logits: Tensor = discriminator(torch.cat([inputs, images.to(inputs.dtype)], 1))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return wide(logits)
 
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         assert self.discriminator is not None
@@ -152,8 +153,7 @@ class Pix2Pix(Workload):
 
     @torch.no_grad()
     def translate(self, inputs: Tensor, draws: Draws, direction: str = "forward") -> Tensor:
-        outputs = self.generate(inputs, draws)
-        return outputs if outputs.dtype == torch.float64 else outputs.float()
+        return wide(self.generate(inputs, draws))
 
     def evaluator(self, scores: Callable[[], Scores]) -> Evaluator:
         return PairEvaluator(self, scores())
