@@ -32,15 +32,13 @@ class ImagePool(RowState):
 
         Until a row has filled its places, a fake a step, it trains on its fakes as they come.
         """
-        images, new = self.read(draws), fakes.flatten(1).to(self.value.dtype)
+        images, new = self._of(draws), fakes.detach().flatten(1).to(self.value.dtype)
         entries, rows = images.shape[1], torch.arange(len(new), device=new.device)
         if draws.step < entries:
             images[:, draws.step] = new
-            self.write(draws, images)
             return fakes
         place = draws.integers(f"{name}/place", entries)
         old = images[rows, place]
         swap = draws.uniform(f"{name}/swap", (1,)) < 0.5
         images[rows, place] = torch.where(swap, new, old)
-        self.write(draws, images)
         return torch.where(swap, old, new).view(fakes.shape)
