@@ -1,9 +1,9 @@
-# make train | test | test-cluster | check | bench: each sets up .venv first, where pyproject.toml has changed since.
+# make train | test | test-cluster | check | bench | gpu-bundle: each sets up .venv first, where pyproject.toml has changed since.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: train test test-cluster check bench clean
+.PHONY: train test test-cluster check bench gpu-bundle clean
 train: .venv/ready
 	$(BIN)/python -m trainer
 
@@ -21,6 +21,9 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+gpu-bundle: .venv/ready  # what gpu/run.sh needs on a machine without a network
+	PYTHON=$(BIN)/python bash gpu/bundle.sh
 
 .venv/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is not on the PATH"; exit 1; }

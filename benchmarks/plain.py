@@ -59,11 +59,9 @@ def training(data: str, network: nn.Module, optimizer: torch.optim.Optimizer, ba
             yield loss.item()
 
 
-def adversarial(data: str, batch_size: int, size: int) -> Iterator[float]:
-    """DCGAN's steps as tutorials write them: the networks of ours for 28 or 64 pixels, a sigmoid and
-    BCELoss, the generator's step through a discriminator whose gradients are computed and thrown away, `.item()` of
-    all losses."""
-    first = {28: 7, 64: 4}[size]  # pixels behind the first layer
+def dcgan(size: int, channels: int = 1) -> tuple[nn.Module, nn.Module]:
+    """Generator and discriminator, which gives logits, of ours for 28, 32 or 64 pixels."""
+    first = {28: 7, 32: 4, 64: 4}[size]  # pixels behind the first layer
     widths = [64 * 2**i for i in range((size // first).bit_length() - 1)]
 
     def conv(layer: type[nn.Module], before: int, after: int, *shape: int) -> nn.Module:
@@ -72,12 +70,20 @@ def adversarial(data: str, batch_size: int, size: int) -> Iterator[float]:
     up: list[nn.Module] = [conv(nn.ConvTranspose2d, 100, widths[-1], first, 1, 0)]
     for after, before in reversed(list(itertools.pairwise(widths))):
         up += [nn.BatchNorm2d(before), nn.ReLU(True), conv(nn.ConvTranspose2d, before, after, 4, 2, 1)]
-    up += [nn.BatchNorm2d(64), nn.ReLU(True), conv(nn.ConvTranspose2d, 64, 1, 4, 2, 1), nn.Tanh()]
-    down: list[nn.Module] = [conv(nn.Conv2d, 1, 64, 4, 2, 1), nn.LeakyReLU(0.2, True)]
+    up += [nn.BatchNorm2d(64), nn.ReLU(True), conv(nn.ConvTranspose2d, 64, channels, 4, 2, 1), nn.Tanh()]
+    down: list[nn.Module] = [conv(nn.Conv2d, channels, 64, 4, 2, 1), nn.LeakyReLU(0.2, True)]
     for before, after in itertools.pairwise(widths):
         down += [conv(nn.Conv2d, before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.LeakyReLU(0.2, True)]
-    down += [conv(nn.Conv2d, widths[-1], 1, first, 1, 0), nn.Sigmoid()]
-    generator, discriminator = nn.Sequential(*up), nn.Sequential(*down)
+    down += [conv(nn.Conv2d, widths[-1], 1, first, 1, 0)]
+    return nn.Sequential(*up), nn.Sequential(*down)
+
+
+def adversarial(data: str, batch_size: int, size: int) -> Iterator[float]:
+    """DCGAN's steps as tutorials write them: the networks of ours for 28 or 64 pixels, a sigmoid and
+    BCELoss, the generator's step through a discriminator whose gradients are computed and thrown away, `.item()` of
+    all losses."""
+    generator, logits = dcgan(size)
+    discriminator = nn.Sequential(logits, nn.Sigmoid())
     criterion = nn.BCELoss()
     optimizers = [
         torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (discriminator, generator)

@@ -97,7 +97,8 @@ class ToyLoader:
 
     def __init__(self, runtime: Runtime, accumulation: int = 1) -> None:
         self.plan, self.runtime = BatchPlan(0, SAMPLES, BATCH, accumulation), runtime
-        self.points = torch.randn(SAMPLES, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        points = torch.randn(SAMPLES, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        self.points = points.to(runtime.device)
 
     def train(self, first: int) -> Iterator[MicroBatches]:
         for k in itertools.count(first):

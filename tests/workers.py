@@ -20,7 +20,8 @@ def _call(
     from trainer.distributed.runtime import Runtime
 
     try:
-        with Runtime(ProcessInfo(rank, world, rank, world, port=port), precision="fp64", threads=1) as runtime:
+        process = ProcessInfo(rank, world, rank, world, port=port)
+        with Runtime(process, precision="fp64", deterministic=True, threads=1) as runtime:
             _send(pipe, (True, work(runtime, *arguments)))
     except BaseException:
         _send(pipe, (False, traceback.format_exc()))
@@ -45,7 +46,7 @@ def on_ranks(world: int, work: Callable[..., Any], *arguments: Any, timeout: flo
     results = []
     for rank, pipe in enumerate(pipes):
         assert pipe.poll(timeout), f"rank {rank} did not answer within {timeout} s"
-        good, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=True)
+        good, value = torch.load(io.BytesIO(pipe.recv_bytes()), map_location="cpu", weights_only=True)
         assert good, value
         results.append(value)
     for process in processes:

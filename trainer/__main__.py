@@ -112,6 +112,16 @@ def _without_collections() -> Iterator[None]:
     gc.enable()
 
 
+def _known(error: RuntimeError) -> str | None:
+    """The line about what torch says of a device in many."""
+    first = str(error).partition(". ")[0].splitlines()[0] if str(error) else ""
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{first}: lower batch_size, or raise accumulation, which cuts the batch into smaller parts"
+    if "does not have a deterministic implementation" in first:
+        return f"deterministic: true: {first}: set deterministic to false"
+    return None
+
+
 def _run(command: str, words: list[str]) -> int:
     with _without_collections():
         module = importlib.import_module(f".commands.{command}", __package__)
@@ -125,6 +135,9 @@ def _run(command: str, words: list[str]) -> int:
         print_error(str(error))
         return 2
     except RuntimeError as error:
+        if (line := _known(error)) is not None:
+            print(f"error: rank {_rank()}: {line}", file=sys.stderr, flush=True)  # noqa: T201
+            return 1
         if "onnection" not in str(error) and "peer" not in str(error):
             raise
         print(f"error: rank {_rank()} lost contact with another rank, which has ended; see its message "  # noqa: T201

@@ -125,7 +125,7 @@ class Boundary:
             self.poll_every = max(1, int(POLL_SECONDS / seconds))
         values = {
             "epoch": step * self.samples_per_step / loader.epoch_samples, **means,
-            "lr": self.workload.phases[0].optimizer.param_groups[0]["lr"],
+            "lr": float(self.workload.phases[0].optimizer.param_groups[0]["lr"]),
             "steps_per_epoch": loader.epoch_samples / self.samples_per_step, **timings,
         }  # fmt: skip
         if memory := self.runtime.memory():

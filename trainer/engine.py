@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .boundary import Boundary, Outcome
 from .config.status import Status
 from .distributed.runtime import PhaseModule
+from .graphs import Computed, Graphs, Means
 from .randomness import Draws, key
 from .schedule import Schedule
 from .services import MicroBatches
@@ -36,6 +38,7 @@ class Engine:
     schedule: Schedule
     rollbacks: int = 0  # how often the run went back to a checkpoint; each time the noise is another
     clip_norm: float | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         self.state, self.runtime, self.loader = self.boundary.state, self.boundary.runtime, self.boundary.loader
@@ -46,6 +49,10 @@ class Engine:
         self.peak_rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in self.workload.phases]
         seed = self.boundary.seed
         self.noise = key(seed, "attempt", self.rollbacks) if self.rollbacks else seed
+        self.graphs: Graphs | None = None
+        if self.cuda_graphs and self.runtime.can_capture:
+            optimizers = [phase.optimizer for phase in self.workload.phases]
+            self.graphs = Graphs(self.compute, optimizers, self.boundary.tracker.note)
 
     def train(self) -> Outcome:
         """From the state's step to the end of the run, or until any rank must stop."""
@@ -100,24 +107,44 @@ class Engine:
         return boundary.outcome(status)
 
     def update(self, batches: Sequence[MicroBatches], with_norm: bool = False) -> None:
-        """One step: every phase in its turn, with only its own parameters trainable."""
+        """One step: every phase that is due in its turn, with only its own parameters trainable."""
         step, factor = self.state.step, self.schedule(self.state.step)
+        for (phase, _, _), rates in zip(self.phases, self.peak_rates, strict=True):
+            for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+        if self.graphs is None:
+            means, inputs = self.compute(batches, lambda draws: draws, with_norm)
+        else:
+            due = tuple(step % phase.every == 0 for phase, _, _ in self.phases)
+            means, inputs = self.graphs(step, due, batches, with_norm)
+        for scalars, share, first in means:
+            self.state.meter.add(scalars, share, first)
+        self.workload.after_step(step, self.runtime.sum_scalars(inputs))
+
+    def compute(
+        self, batches: Sequence[MicroBatches], watched: Callable[[Draws], Draws], with_norm: bool
+    ) -> Computed:  # fmt: skip
+        """What a step does on the device. `watched` may put other draws in the place of the step's."""
+        step = self.state.step
         inputs: Scalars = {}
-        for (phase, loss, parameters), rates in zip(self.phases, self.peak_rates, strict=True):
+        means: Means = []
+        for phase, loss, parameters in self.phases:
             if step % phase.every:
                 continue
             self.freeze_all_but(phase, parameters)
-            for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
             for turn, micro_batches in enumerate(batches[: phase.times]):
-                for name, value in self.accumulate(loss, micro_batches, (step, phase.name, turn)).items():
+                added = self.accumulate(loss, micro_batches, (step, phase.name, turn), watched, means)
+                for name, value in added.items():
                     inputs[name] = inputs.get(name, 0) + value / phase.times
                 if self.clip_norm is not None or with_norm:
-                    self.clip(phase, parameters)
+                    means.append(self.clip(phase, parameters))
                 phase.optimizer.step()
                 for parameter in parameters:  # optimizer.zero_grad() does this too, and costs 20 microseconds more
                     parameter.grad = None
-        self.workload.after_step(step, self.runtime.sum_scalars(inputs))
+        return means, inputs
 
     def freeze_all_but(self, phase: Phase, parameters: list[torch.nn.Parameter]) -> None:
         """So that a phase never fills the gradients of another, and DDP never reduces them."""
@@ -130,30 +157,34 @@ class Engine:
         for parameter in (*parameters, *kept):
             parameter.requires_grad_(True)
 
-    def accumulate(self, loss: PhaseModule, micro_batches: MicroBatches, scope: tuple[object, ...]) -> Scalars:
+    def accumulate(
+        self, loss: PhaseModule, micro_batches: MicroBatches, scope: tuple[object, ...],
+        watched: Callable[[Draws], Draws], means: Means,
+    ) -> Scalars:  # fmt: skip
         """Gradients of the mean over the global batch: each share's mean, weighted by the share.
 
-        Returns this rank's part of the controllers' inputs.
+        Adds to the means that are logged, and returns this rank's part of the controllers' inputs.
         """
         runtime, last = self.runtime, len(micro_batches) - 1
         inputs: Scalars = {}
         for index, (rows, batch) in enumerate(micro_batches):
-            draws = Draws(self.noise, (*scope, index), rows, runtime.device, runtime.dtype)
+            draws = watched(Draws(self.noise, (*scope, index), rows, runtime.device, runtime.dtype))
             share = (rows.stop - rows.start) / self.loader.batch_size
             with NOTHING if index == last else runtime.no_sync(loss):
                 with runtime.autocast():
                     value, scalars = loss(batch, draws)
                 # DDP divides the sum over the ranks by their number; the weights make that the global mean.
                 (value if share == 1 else value * (share * runtime.world)).backward()
-            self.state.meter.add(scalars, share, first=index == 0)
+            means.append((scalars, share, index == 0))
             for name in self.workload.controller_inputs:
                 if name in scalars:
                     inputs[name] = inputs.get(name, 0) + scalars[name] * share
         return inputs
 
-    def clip(self, phase: Phase, parameters: list[torch.nn.Parameter]) -> None:
+    def clip(self, phase: Phase, parameters: list[torch.nn.Parameter]) -> tuple[Scalars, float, bool]:
+        """Clip the gradients where that is wanted; returns their norm, to be logged."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         name = "grad_norm" if len(self.phases) == 1 else f"{phase.name}_grad_norm"
-        self.state.meter.add({name: norm.detach()}, 1 / self.runtime.world, first=True)
+        return {name: norm.detach()}, 1 / self.runtime.world, True

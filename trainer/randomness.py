@@ -86,6 +86,10 @@ class Draws:
         """The step and the micro-batch, which phases have in common."""
         return self.step, self.micro_batch
 
+    def due(self, every: int) -> bool:
+        """Whether this is one of every so many steps."""
+        return self.step % every == 0
+
     def of(self, count: int) -> Draws:
         """The same draws for the rows 0..count-1."""
         return replace(self, rows=slice(0, count))

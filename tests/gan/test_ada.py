@@ -197,3 +197,15 @@ def test_gradients_are_right_twice() -> None:
 
     assert torch.autograd.gradcheck(augmented, x)
     assert torch.autograd.gradgradcheck(augmented, x)
+
+
+def test_the_adjoint_in_a_fixed_order_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(2)
+    grid = torch.randn((3, 6, 5, 2), generator=generator, dtype=torch.float64) * 2  # far beyond the edges too
+    grid[0, 0, 0], grid[0, 0, 1] = torch.tensor([1.0, -1.0]), torch.tensor([-3.0, 3.0])  # and on them
+    gradient = torch.randn((3, 2, 6, 5), generator=generator, dtype=torch.float64)
+    shape = torch.Size((3, 2, 7, 9))
+    theirs = torch.ops.aten.grid_sampler_2d_backward(
+        gradient, torch.zeros(shape, dtype=torch.float64), grid, *ada._BILINEAR_REFLECTED, output_mask=[True, False]
+    )[0]
+    torch.testing.assert_close(ada._spread(gradient, grid, shape), theirs, rtol=0, atol=1e-12)

@@ -44,7 +44,10 @@ def main(words: Sequence[str]) -> int:
         hint = "; or name others with --features" if str(error).startswith("metrics.features") else ""
         raise UserError(f"{error}{hint}") from None
     process = ProcessInfo.from_environment()
-    with Runtime(process, device=options.device, precision=config.precision, threads=config.threads) as runtime:
+    with Runtime(
+        process, device=options.device, precision=config.precision, deterministic=config.deterministic,
+        threads=config.threads,
+    ) as runtime:  # fmt: skip
         parts.prepare_workload(runtime)
         loader = parts.open_loader(runtime)
         parts.prepare_reference(loader, runtime)

@@ -86,7 +86,8 @@ class Augment:
         if not self.random:
             return self.normalise(images)
         assert visits is not None
-        uniform = uniforms(self.seed, ids, visits, "augment", 8).to(images.device)
+        # A copy that blocks would have the host wait for the steps before.
+        uniform = uniforms(self.seed, ids, visits, "augment", 8).to(images.device, non_blocking=True)
         if self.pad_crop:
             images = _pad_crop(images, self.pad_crop, uniform[:, 0:2])
         if self.flip:

@@ -53,7 +53,7 @@ class Runtime:
 
     def __init__(
         self, process: ProcessInfo, *, device: str = "auto", precision: str = "auto", batch_norm: str = "sync",
-        threads: int | None = None, signals: StopSignals | None = None,
+        deterministic: bool = False, threads: int | None = None, signals: StopSignals | None = None,
     ) -> None:  # fmt: skip
         from accelerate import PartialState
 
@@ -63,12 +63,14 @@ class Runtime:
         if process.local_world == process.world:  # one node: gloo must not listen beyond it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback())
         accelerated = device == "auto" and torch.accelerator.is_available()
-        backend = f"cpu:gloo,{torch.accelerator.current_accelerator()}:{_device_backend()}" if accelerated else "gloo"
-        self._connect(process, backend)
+        # NCCL takes one rank a GPU; more than that share it over gloo, which copies through the CPU.
+        self.shares_device = accelerated and process.local_world > torch.accelerator.device_count()
+        self._connect(process, _device_backends() if accelerated and not self.shares_device else "gloo")
         os.environ.setdefault("LOCAL_RANK", str(process.local_rank))  # where PartialState takes the device's index from
         self.device = PartialState(cpu=not accelerated).device if accelerated else torch.device("cpu")
         if self.device.type == "cpu":
             _keep_freed_memory()
+        _choose_algorithms(deterministic)
         self.rank, self.world, self.main = process.rank, process.world, process.rank == 0
         self.local_world, self.local_main = process.local_world, process.local_rank == 0
         self._agents = process.agents
@@ -211,13 +213,19 @@ class Runtime:
 
     # Set-up of a workload.
 
+    def channels_last(self, workload: Workload, setting: bool | None) -> bool:
+        """The memory format of a run: what the user has set, else what the device or the network says is faster."""
+        tensor_cores = self.device.type == "cuda" and self.autocast_dtype is not None
+        return (tensor_cores or workload.channels_last) if setting is None else setting
+
     def prepare(self, workload: Workload, channels_last: bool | None, compiled: bool) -> None:
         """Move the workload to the device, in this run's precision, memory format and kind of BatchNorm."""
         if self.world > 1 and self.batch_norm == "sync":
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm if self.device.type == "cuda" else convert_batch_norm
+            nccl = self.device.type == "cuda" and not self.shares_device
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm if nccl else convert_batch_norm
             convert(workload)
         workload.to(self.device, self.dtype)
-        if workload.channels_last if channels_last is None else channels_last:
+        if self.channels_last(workload, channels_last):
             workload.to(memory_format=torch.channels_last)
         if compiled:
             for network in workload.children():
@@ -276,6 +284,11 @@ class Runtime:
             **_no_buffer_sync(),  # type: ignore[arg-type]
         )
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether steps may become CUDA graphs. Not in double precision: there a learning rate has to be single."""
+        return self.device.type == "cuda" and self.world == 1 and self.dtype == torch.float32
+
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Independent, contiguous copies on the CPU, whole before this returns."""
         copies = {
@@ -324,10 +337,19 @@ def _keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def _device_backend() -> str:
+def _device_backends() -> str:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    return dist.get_default_backend_for_device(accelerator)
+    return f"cpu:gloo,{accelerator}:{dist.get_default_backend_for_device(accelerator)}"
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """Either those that give the same bits in every run, or the fastest, found by trying."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
 
 
 def loopback() -> str:

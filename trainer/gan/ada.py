@@ -129,6 +129,8 @@ class _LookupAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
+        if torch.are_deterministic_algorithms_enabled() and gradient.is_cuda:
+            return _spread(gradient, grid, shape)
         like = gradient.new_empty(1).expand(shape)  # the values of the images do not matter
         spread: Tensor = torch.ops.aten.grid_sampler_2d_backward(
             gradient, like, grid, *_BILINEAR_REFLECTED, output_mask=[True, False]
@@ -138,6 +140,29 @@ class _LookupAdjoint(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _Lookup.apply(gradient, ctx.saved_tensors[0]), None, None
+
+
+def _spread(gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+    """The adjoint in a fixed order, which torch's own has not on a GPU: four neighbours for each pixel, added up."""
+    count, channels, height, width = shape
+    x, y = (_reflected((grid[..., axis] + 1) * size / 2 - 0.5, size) for axis, size in ((0, width), (1, height)))
+    left, top = x.floor(), y.floor()
+    image = torch.arange(count, device=grid.device)[:, None, None] * (height * width)
+    values = gradient.permute(0, 2, 3, 1)  # (B, H, W, C)
+    spread = gradient.new_zeros(count * height * width, channels)
+    for right, below in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        column, row = left + right, top + below
+        weight = (1 - (x - column).abs()) * (1 - (y - row).abs())
+        weight = weight * ((column < width) & (row < height))  # a whole pixel beyond the edge has no weight
+        place = image + row.clamp(max=height - 1).long() * width + column.clamp(max=width - 1).long()
+        spread.index_add_(0, place.flatten(), (values * weight[..., None]).flatten(0, 2))
+    return spread.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _reflected(position: Tensor, size: int) -> Tensor:
+    """A position in pixels, mirrored at the outer edges of an image."""
+    inside = (position + 0.5).abs() % (2 * size)
+    return (torch.minimum(inside, 2 * size - inside) - 0.5).clamp(0, size - 1)
 
 
 _BILINEAR_REFLECTED = (0, 2, False)  # interpolation, padding, align_corners

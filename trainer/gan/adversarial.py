@@ -149,8 +149,8 @@ class Adversarial(Workload):
         options = self.options
         if options.augment:
             views = tuple(diff_augment(view, options.augment, draws, name) for view in views)
-        noise = options.instance_noise * max(0.0, 1 - draws.step / options.instance_noise_steps)
-        if noise:
+        noise = options.instance_noise
+        if noise and (noise := noise * max(0.0, 1 - draws.step / options.instance_noise_steps)):
             views = tuple(
                 view + noise * draws.normal(f"{name}/noise{i}", view.shape[1:]) for i, view in enumerate(views)
             )
@@ -228,7 +228,7 @@ class Adversarial(Workload):
             between = tuple(torch.lerp(fake.to(real.dtype), real, share) for real, fake in pairs)
             norm = self.squared_gradient_norm(between, labels, draws).add(1e-12).sqrt()
             yield "gradient_penalty", options.gradient_penalty * (norm - 1).square().mean()
-        if options.r1 and draws.step % options.r1_every == 0:
+        if options.r1 and draws.due(options.r1_every):
             yield "r1", options.r1 / 2 * options.r1_every * self.squared_gradient_norm(reals, labels, draws).mean()
 
     def squared_gradient_norm(self, views: Views, labels: Tensor | None, draws: Draws) -> Tensor:

@@ -15,7 +15,7 @@ def mixture_totals(points: Tensor, mixture: Mixture) -> Totals:
     distance, mode = torch.cdist(points.double(), centres).min(1)
     near = distance <= 3 * mixture.deviation
     return {
-        "modes": torch.bincount(mode, near.double(), minlength=len(centres)),
+        "modes": torch.bincount(mode[near], minlength=len(centres)).double(),
         "nearest": torch.bincount(mode, minlength=len(centres)).double(),
     }
 

@@ -45,7 +45,7 @@ class _Normalise(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         out = torch.addcmul(shift.view(shape), wide, scale.view(shape)).to(x.dtype)
-        ctx.save_for_backward(x, weight, mean, variance, inverse, count)
+        ctx.save_for_backward(x, weight, mean, inverse, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
         return out, mean, variance, count
@@ -53,11 +53,11 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-        x, weight, mean, variance, inverse, count = ctx.saved_tensors
+        x, weight, mean, inverse, count = ctx.saved_tensors
         shape = _channels(x)
         grad, wide = grad.to(mean.dtype), x.to(mean.dtype)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, wide, None, mean, variance, None, None, False, ctx.eps, [False, True, True]
+            grad, wide, None, None, None, mean, inverse, True, ctx.eps, [False, True, True]
         )
         sums = torch.cat([grad_bias, grad_weight])
         dist.all_reduce(sums)

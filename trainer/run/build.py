@@ -103,7 +103,7 @@ class Recipe:
         return BatchLoader(
             self.data, self.plan, config.data, rank=runtime.rank, world=runtime.world, device=runtime.device,
             dtype=runtime.dtype, evaluation_batch=config.evaluate.batch_size, input_range=workload.input_range,
-            channels_last=workload.channels_last if config.channels_last is None else config.channels_last,
+            channels_last=runtime.channels_last(workload, config.channels_last),
         )  # fmt: skip
 
     def example_batch(self, rows: int) -> Batch:
@@ -136,7 +136,7 @@ class Recipe:
         boundary = Boundary(
             runtime, state, evaluator, loader, tracker, saver, self.limits, self.samples_per_step, config.seed
         )  # fmt: skip
-        return Engine(boundary, schedule, rollbacks, config.optimizer.clip_norm)
+        return Engine(boundary, schedule, rollbacks, config.optimizer.clip_norm, config.cuda_graphs)
 
     def prepare_reference(self, loader: BatchLoader, runtime: Runtime) -> None:
         """Take the statistics that generated images are compared with, where they are; all ranks together."""

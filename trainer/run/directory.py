@@ -160,6 +160,8 @@ class RunDirectory:
         device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else str(runtime.device)
         threads = torch.get_num_threads()
         ranks = f"{runtime.world} rank{'s'[: runtime.world > 1]} x {threads} thread{'s'[: threads > 1]}"
+        if runtime.shares_device:
+            device += f" ({torch.accelerator.device_count()} for {runtime.local_world} ranks, over gloo)"
         batch = f"batch {config.batch_size}, {config.duration}, seed {config.seed}"
         note(f"{ranks} on {device}, {runtime.precision}; {batch}")
         self.tracker.console.start(step)

@@ -65,7 +65,7 @@ def train(config: RunConfig, name: str) -> int:
             problem = str(error)
         with Runtime(
             process, device=config.device, precision=config.precision, batch_norm=config.batch_norm,
-            threads=config.threads, signals=signals,
+            deterministic=config.deterministic, threads=config.threads, signals=signals,
         ) as runtime:  # fmt: skip
             if problem := next(filter(None, runtime.gather(problem)), ""):
                 raise UserError(problem)

@@ -101,10 +101,10 @@ class StyleGan(Adversarial):
         return torch.autocast(self.ada_p.device.type, enabled=False) if due else contextlib.nullcontext()
 
     def r1_due(self, draws: Draws) -> bool:
-        return bool(self.options.r1) and draws.step % self.options.r1_every == 0
+        return bool(self.options.r1) and draws.due(self.options.r1_every)
 
     def path_length_due(self, draws: Draws) -> bool:
-        return bool(self.options.path_length) and draws.step % self.options.path_length_every == 0
+        return bool(self.options.path_length) and draws.due(self.options.path_length_every)
 
     def _new_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes made from styles (B, layers, latent), which the path length is measured from."""
@@ -185,7 +185,7 @@ class StyleGan(Adversarial):
     def truncated(self, styles: Tensor, truncation: float) -> Tensor:
         """Images of styles that are pulled to their mean: 1 leaves them as they are, at 0 all are alike."""
         mean = self.mean_style()
-        return self._averaged.synthesise(mean + truncation * (styles - mean)).clamp(-1, 1)
+        return self._averaged.synthesise(mean + truncation * (styles - mean))
 
     @torch.no_grad()
     def samples(self, draws: Draws, label: int | None = None, truncation: float | None = None) -> Tensor:
@@ -398,8 +398,8 @@ def widths(options: Options, data: ImageDescription) -> list[int]:
 
 
 class Generator(Drawn):
-    """z (B, latent), and labels (B,) where it is conditional, to images (B, C, H, W) in [-1, 1]: `mapping` gives w,
-    `styles` those of each layer, `synthesise` the images."""
+    """z (B, latent), and labels (B,) where it is conditional, to images (B, C, H, W) of no fixed range: `mapping` gives
+    w, `styles` those of each layer, `synthesise` the images."""
 
     def __init__(self, options: Options, data: ImageDescription) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ class Generator(Drawn):
         return image
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.synthesise(self.styles(z, labels)).clamp(-1, 1)
+        return self.synthesise(self.styles(z, labels))
 
 
 class Down(nn.Module):
