@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+WORKERS = str(max(2, (os.cpu_count() or 2) - 4))  # of which some start three ranks
 PARTS: dict[str, tuple[list[str], float]] = {  # command, and seconds
-    "tests": (["-m", "pytest", "tests/gpu", "tests/test_engine.py", "tests/workloads/test_contract.py", "-n", "12",
+    "tests": (["-m", "pytest", "tests/gpu", "tests/test_engine.py", "tests/workloads/test_contract.py", "-n", WORKERS,
                "--dist", "load", "-p", "no:cacheprovider", "-p", "gpu.failures"], 240),
     "speed": (["-m", "gpu.speed"], 200),
     "quality": (["-m", "gpu.quality"], 420),
@@ -25,12 +26,19 @@ PARTS: dict[str, tuple[list[str], float]] = {  # command, and seconds
 MORE = {"speed", "quality"}  # write JSON and pictures into a folder of their own
 
 
+QUICK = {  # what of a part a rehearsal on a CPU takes
+    "tests": ["-n", "0", "-k", "compiled"],
+    "speed": ["--quick", "--cases", "dcgan 64"],
+    "quality": ["--quick", "--runs", "cifar10_dcgan"],
+}
+
+
 def run(name: str, limit: float, quick: bool, out: Path) -> dict[str, object]:
     """Run one part to its end or its limit; its output is in OUT/NAME.log."""
     command, _ = PARTS[name]
-    words = [sys.executable, *command]
+    words = [sys.executable, *command, *(QUICK[name] if quick else [])]
     if name in MORE:
-        words += ["--out", str(out / name), *(["--quick"] if quick else [])]
+        words += ["--out", str(out / name)]
     began = time.monotonic()
     with (out / f"{name}.log").open("wb") as log:
         environment = {**os.environ, "GPU_FAILURES": str(out)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -196,14 +195,14 @@ def contenders(case: str, quick: bool, compiled: bool, stack: contextlib.ExitSta
 
     made: dict[str, Callable[[], Block]] = {"ours": own}
     if DEVICE.type == "cuda":
-        made["ours, no graphs"] = lambda: own(cuda_graphs=False)
+        made["ours, graphs"] = lambda: own(cuda_graphs=True)
     if compiled:
-        made["ours compiled"] = lambda: own(compile=True)
+        made["ours, compiled"] = lambda: own(compile=True)
     if case.startswith("resnet"):
         made["bare"] = lambda: on_the_clock(steps_of(bare(settings, network_of(settings))))
         made["lightning"] = lambda: lightning(settings, network_of(settings))
         if compiled:
-            made["bare compiled"] = lambda: on_the_clock(steps_of(bare(settings, network_of(settings), True)))
+            made["bare, compiled"] = lambda: on_the_clock(steps_of(bare(settings, network_of(settings), True)))
     if case == "resnet50 224":
         made["timm"] = lambda: on_the_clock(steps_of(timm_loop(settings)))
     if case == "dcgan 64":
@@ -264,11 +263,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m gpu.speed", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute a net")
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, of which each contender has three")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    compiled = not options.quick and os.environ.get("GPU_COMPILE") != "no"
+    compiled = not options.quick and not options.no_compile
     results: dict[str, Any] = {}
     for case in options.cases:
         began = time.perf_counter()

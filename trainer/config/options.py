@@ -301,10 +301,10 @@ class RunConfig(_Checked, BaseSettings):
     batch_norm: Literal["sync", "local"] = "sync"
     """sync: statistics of the global batch, so that the world size changes nothing; local: of a rank's rows."""
     channels_last: bool | None = None
-    """Memory format. Default: what the network says is faster."""
+    """Memory format. Default: on a GPU in bf16 yes, else what the network says is faster."""
     deterministic: bool = False
     """On a GPU: the same bits in every run, at some cost in speed. On a CPU they always are."""
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     """On one GPU: replay the steps of networks that allow it, which makes small ones several times as fast."""
     compile: bool = False
     """torch.compile the networks. Pays off on a GPU; on a CPU it mostly does not."""
