@@ -218,7 +218,7 @@ def test_the_generator_is_judged_by_the_fakes_that_the_discriminator_has_just_se
     assert all(torch.equal(a, b) for a, b in zip(detached[-1], judged[-1], strict=True))
     assert not any(view.requires_grad for views in detached for view in views)
     assert all(view.requires_grad for views in judged for view in views)
-    assert workload._kept is None
+    assert workload.newest.kept is None
 
 
 @pytest.mark.parametrize("case", CASES)

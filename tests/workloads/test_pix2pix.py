@@ -98,7 +98,7 @@ def test_the_generator_learns_from_the_outputs_that_were_just_judged() -> None:
     for micro_batch, so_far in ((first, 3), (last, 3)):  # only those of the last micro-batch are still there
         workload.generator_loss(batch, micro_batch)
         assert len(passes) == so_far
-    assert workload._kept is None
+    assert workload.newest.kept is None
 
 
 def test_without_the_adversary_there_is_one_phase_and_one_network() -> None:

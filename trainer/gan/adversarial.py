@@ -29,6 +29,7 @@ from ..randomness import Draws
 from ..workload import Phase, Scalars, Workload
 from .criteria import CRITERIA, displays
 from .diff_augment import diff_augment
+from .newest import Newest
 
 Views = tuple[Tensor, ...]  # what a discriminator sees: the images, and with multi-scale gradients smaller ones too
 SHOWN = 64  # samples in a picture
@@ -125,7 +126,7 @@ class Adversarial(Workload):
             ),
             Phase("generator", self.generator_loss, optim.build(optimizer, generator)),
         )
-        self._kept: tuple[object, Fakes] | None = None  # within a step only, so no checkpoint needs it
+        self.newest: Newest[Fakes] = Newest()
 
     # What a workload may override.
 
@@ -164,16 +165,11 @@ class Adversarial(Workload):
 
     def generate_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes to train the generator on: those that the discriminator has just seen, else new ones."""
-        if self._kept is None or self._kept[0] != draws.index:
-            return self._new_fakes(batch, draws)
-        (_, fakes), self._kept = self._kept, None
-        return fakes
+        return self.newest.take(draws) or self._new_fakes(batch, draws)
 
     def detached_fakes(self, batch: Batch, draws: Draws) -> Fakes:
         """Fakes to train the discriminator on, without a graph. The newest keep theirs for the generator's phase."""
-        self._kept = None  # first, so that two graphs never take memory at once
-        fakes = self._new_fakes(batch, draws)
-        self._kept = draws.index, fakes
+        fakes = self.newest.make(draws, lambda: self._new_fakes(batch, draws))
         return replace(fakes, views=tuple(view.detach() for view in fakes.views))
 
     def _new_fakes(self, batch: Batch, draws: Draws) -> Fakes:

@@ -18,6 +18,7 @@ from ..data.description import Batch, ImageDescription
 from ..figures import Figure, ImageGrid, Panels, ScalarDisplay
 from ..gan.adversarial import unit, wide
 from ..gan.dcgan import initialise
+from ..gan.newest import Newest
 from ..gan.patch import PatchDiscriminator, patch_layers
 from ..gan.pool import ImagePool
 from ..gan.strips import shown_ids
@@ -105,7 +106,7 @@ class CycleGan(Workload):
             Phase("discriminators", self.discriminator_loss, discriminators, keeps_graph_of=generators),
             Phase("generators", self.generator_loss, optim.build(optimizer, *generators)),
         )
-        self._kept: tuple[object, Pair] | None = None  # within a step only, so no checkpoint needs it
+        self.newest: Newest[Pair] = Newest()
 
     def domains(self, batch: Batch) -> Pair:
         """The images `a` and `b` of a batch, which have nothing to do with each other."""
@@ -122,10 +123,7 @@ class CycleGan(Workload):
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         """Least squares (Mao et al. 2017): the mean over both is the sum of their halved losses."""
         a, b = self.domains(batch)
-        self._kept = None  # first, so that two graphs never take memory at once
-        fakes = self.fakes(a, b)
-        self._kept = draws.index, fakes
-        fake_a, fake_b = (fake.detach() for fake in fakes)
+        fake_a, fake_b = (fake.detach() for fake in self.newest.make(draws, lambda: self.fakes(a, b)))
         if self.options.pool:
             fake_a, fake_b = self.pool_a.exchange(fake_a, draws, "a"), self.pool_b.exchange(fake_b, draws, "b")
         real, fake = self.scores(a, b), self.scores(fake_a, fake_b)
@@ -138,8 +136,7 @@ class CycleGan(Workload):
 
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         a, b = self.domains(batch)
-        fakes, self._kept = self._kept, None
-        fake_a, fake_b = fakes[1] if fakes is not None and fakes[0] == draws.index else self.fakes(a, b)
+        fake_a, fake_b = self.newest.take(draws) or self.fakes(a, b)
         adversarial = 2 * (self.scores(fake_a, fake_b) - 1).square().mean()
         cycle = difference(self.fakes(fake_a, fake_b), (a, b))
         loss = adversarial + self.options.cycle * cycle

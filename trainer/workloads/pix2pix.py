@@ -17,6 +17,7 @@ from ..figures import Figure, ScalarDisplay
 from ..gan.adversarial import wide
 from ..gan.criteria import CRITERIA, displays
 from ..gan.dcgan import initialise
+from ..gan.newest import Newest
 from ..gan.patch import PatchDiscriminator, patch_layers
 from ..gan.strips import shown_ids, strips
 from ..metrics import pairs
@@ -91,7 +92,7 @@ class Pix2Pix(Workload):
             judging = optim.build(optimizer.model_copy(update={"lr": rate}), self.discriminator)
             keeps = (self.generator,)
             self.phases = (Phase("discriminator", self.discriminator_loss, judging, keeps_graph_of=keeps), making)
-        self._kept: tuple[object, Tensor] | None = None  # within a step only, so no checkpoint needs it
+        self.newest: Newest[Tensor] = Newest()
 
     def pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """An image to start from and the one to make of it."""
@@ -118,9 +119,7 @@ class Pix2Pix(Workload):
     def discriminator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         assert self.discriminator is not None
         inputs, truths = self.pair(batch)
-        self._kept = None  # first, so that two graphs never take memory at once
-        outputs = self.generate(inputs, draws)
-        self._kept = draws.index, outputs
+        outputs = self.newest.make(draws, lambda: self.generate(inputs, draws))
         # In two passes: BatchNorm must not see real and fake images mixed, which would tell them apart.
         real, fake = (self.judge(self.discriminator, inputs, images) for images in (truths, outputs.detach()))
         loss = self.criterion.discriminator(real, fake, 0.0) / 2
@@ -130,9 +129,8 @@ class Pix2Pix(Workload):
     def generator_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Scalars]:
         """Of the outputs that the discriminator has just seen, or of new ones."""
         inputs, truths = self.pair(batch)
-        if self._kept is not None and self._kept[0] == draws.index:
-            (_, outputs), self._kept = self._kept, None
-        else:
+        outputs = self.newest.take(draws)
+        if outputs is None:
             outputs = self.generate(inputs, draws)
         error = (outputs - truths).abs().mean()
         loss = self.options.l1 * error
