@@ -82,10 +82,10 @@ class Ranks:
 
 
 def start(
-    arguments: Sequence[object], folder: Path, world: int = 1, environment: Mapping[str, str] | None = None
-) -> Ranks:
-    """Start the ranks of `python -m trainer ARGUMENTS` in a folder."""
-    words = [str(argument) for argument in arguments]
+    arguments: Sequence[object], folder: Path, world: int = 1, environment: Mapping[str, str] | None = None,
+    last: tuple[Sequence[object], Mapping[str, str]] = ((), {}),
+) -> Ranks:  # fmt: skip
+    """Start the ranks of `python -m trainer ARGUMENTS` in a folder; the last may have more words and variables."""
     port = str(free_port())
     processes, outputs = [], []
     life = len(list(folder.glob(".output-*")))
@@ -96,6 +96,8 @@ def start(
                 "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
+        words = [str(argument) for argument in (*arguments, *(last[0] if rank == world - 1 else ()))]
+        variables |= last[1] if rank == world - 1 else {}
         output = folder / f".output-{life}-{rank}"
         process = _context.Process(target=_rank, args=(words, variables, str(folder), str(output)))
         process.start()

@@ -22,6 +22,7 @@ from ..storage.objects import StorageError
 from .build import Recipe, recipe
 from .directory import NullDirectory, RunDirectory
 from .feature_classifier import train_missing
+from .sameness import difference
 
 T = TypeVar("T")
 FLOORS = 3.0  # below so many floors a FID is good, and its ratio to the best one noise
@@ -70,6 +71,8 @@ def train(config: RunConfig, name: str) -> int:
             if problem := next(filter(None, runtime.gather(problem)), ""):
                 raise UserError(problem)
             assert parts is not None
+            if problem := difference(runtime, parts):
+                raise UserError(problem)
             runtime.deadline = Deadline(runtime.broadcast(end_of_job() if runtime.main else None))
             return Session(parts, name, runtime).run()
 
