@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -342,6 +344,23 @@ def test_two_folders_of_images_do_not_share_statistics(runtime: Runtime, tmp_pat
         data = {"name": "folder", "root": str(tmp_path / name), "size": 8, "workers": 0}
         opened.append(prepared(runtime, str(tmp_path / "cache"), data=data, count=None)[0])
     assert float((opened[1].real.mean - opened[0].real.mean).mean()) == pytest.approx(160 / 127.5, abs=0.2)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_any_image_that_was_replaced_makes_statistics_of_its_own(split: str, runtime: Runtime, tmp_path: Path) -> None:
+    """Though it has the name, the size and the time of the one before."""
+    for part, number in itertools.product(("train", "val"), range(40)):
+        path = tmp_path / "set" / part / "class" / f"{number:02}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 5 * number, np.uint8)).save(path)
+        os.utime(path, (0, 0))
+    data = {"name": "folder", "root": str(tmp_path / "set"), "size": 8, "workers": 0}
+    cache = str(tmp_path / "cache")
+    assert [prepared(runtime, cache, data=data, count=None)[1] for _ in range(2)] == [120, 0]
+    replaced = tmp_path / "set" / split / "class" / "03.bmp"
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(replaced)
+    os.utime(replaced, (0, 0))
+    assert [prepared(runtime, cache, data=data, count=None)[1] for _ in range(2)] == [120, 0]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "garbage"])

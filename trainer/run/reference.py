@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -63,14 +63,14 @@ class Reference:
         self.scores.use(groups)
 
     def _name(self, loader: BatchLoader) -> str:
-        """Of the statistics in the cache. Sets of one name, such as folders, are told apart by some of their images."""
-        d = self.scores.data
-        some = loader.pixels(i * d.eval_size // 16 for i in range(16))
-        label = self.scores.features.label
-        text = f"{d.name} {d.shape} {d.train_size} {d.eval_size} {self.scores.kept} {label} 2"
+        """Of the statistics in the cache, after all that they depend on: features, sizes, and every image as stored."""
+        d, held_out, train = self.scores.data, loader.data.held_out, loader.data.train
+        count = min(len(held_out), len(train))
+        text = f"{d.name} {d.shape} {d.train_size} {d.eval_size} {self.scores.kept} {self.scores.features.label} 3"
         digest = hashlib.sha256(text.encode())
-        for part in (some, _labels(loader.data.held_out), _labels(loader.data.train)):
-            digest.update(part.numpy().tobytes())
+        for split, ids in ((held_out, range(len(held_out))), (train, [i * len(train) // count for i in range(count)])):
+            for part in _content(split, ids):
+                digest.update(part)
         return f"reference-{digest.hexdigest()[:16]}.safetensors"
 
     def _cached(self, name: str) -> dict[str, Totals]:
@@ -103,8 +103,23 @@ class Reference:
         return ""
 
 
-def _labels(split: Split) -> Tensor:
-    return split["label"] if isinstance(split, Memory) else split.labels
+READ_TOGETHER = 256  # stored images, for the name in the cache
+
+
+def _content(split: Split, ids: Sequence[int]) -> Iterator[bytes]:
+    """The images and labels of some samples, as they are stored."""
+    rows = torch.as_tensor(ids, dtype=torch.int64)
+    yield (split["label"] if isinstance(split, Memory) else split.labels)[rows].numpy().tobytes()
+    for field in split.image_fields:
+        if isinstance(split, Memory):
+            yield split[field][rows].numpy().tobytes()
+            continue
+        for start in range(0, len(ids), READ_TOGETHER):
+            for image in split.fetch(ids[start : start + READ_TOGETHER], field):
+                if isinstance(image, bytes):
+                    yield image
+                else:  # half of a file is an image of PIL's; what cannot be read, an exception
+                    yield repr(image).encode() if isinstance(image, Exception) else image.tobytes()
 
 
 def open_reference(config: RunConfig, data: Description) -> Reference:
