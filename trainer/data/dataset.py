@@ -8,6 +8,7 @@ so that each row of the batch continues where it was.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +90,32 @@ class DataSet:
 def part(whole: Split, ids: Tensor) -> Split:
     """Some samples of a split, in the order of `ids`."""
     return whole.rows(ids) if isinstance(whole, Memory) else Part(whole, ids)
+
+
+def relabelled(data: DataSet, classes: Sequence[str]) -> DataSet:
+    """The data set with its classes in another order, among others, by their names; raises UserError for a new one."""
+    own = data.description
+    if not isinstance(own, ImageDescription) or own.classes == tuple(classes):
+        return data
+    known = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in own.classes if name not in known]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        near = difflib.get_close_matches(unknown[0], classes, 5, cutoff=0) or classes
+        raise UserError(
+            f"data.root: the run was not trained with the class {unknown[0]!r}{more}; its classes are: "
+            f"{', '.join(near)}{', ...' * (len(near) < len(classes))}: rename or remove it, or train another run"
+        )
+    labels = torch.tensor([known[name] for name in own.classes])
+
+    def mapped(split: Split) -> Split:
+        if isinstance(split, Memory):
+            return Memory({**split.fields, "label": labels[split["label"]]}, split.image_fields)
+        same = Part(split, torch.arange(len(split)))
+        same.labels = labels[split.labels]
+        return same
+
+    description = replace(own, classes=tuple(classes))
+    return replace(data, description=description, train=mapped(data.train), held_out=mapped(data.held_out))
 
 
 def subsample(data: DataSet, count: int) -> DataSet:

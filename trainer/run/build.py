@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -13,8 +14,8 @@ from .. import schedule, workloads
 from ..boundary import Boundary
 from ..config.duration import Duration
 from ..config.options import RunConfig, UserError, data_root
-from ..data.dataset import DataSet, plan_of, subsample
-from ..data.description import Batch, Description
+from ..data.dataset import DataSet, plan_of, relabelled, subsample
+from ..data.description import Batch, Description, ImageDescription
 from ..data.loader import BatchLoader
 from ..data.plan import BatchPlan
 from ..data.sources import open_data
@@ -155,6 +156,8 @@ def recipe(
     if workload is None:
         workload = workloads.build(config, data.description)
     else:
+        if isinstance(workload.data, ImageDescription):
+            data = relabelled(data, workload.data.classes)
         check_outputs(workload.data, data.description)
         workload.data = data.description  # the networks stay as they are, but this split may have another size
     plan = _plan(config, data, workload, world)
@@ -165,12 +168,23 @@ def recipe(
 
 def check_outputs(trained: Description, here: Description) -> None:
     """Raises UserError where a trained network's outputs would stand for something else on this data."""
-    for name in ("classes", "vocabulary"):
-        if getattr(trained, name, None) != getattr(here, name, None):
+    for name, what in (("classes", "other classes"), ("vocabulary", "another vocabulary")):
+        old, new = getattr(trained, name, None), getattr(here, name, None)
+        if old != new:
             raise UserError(
-                f"data.root: the data there has another {name} than the run was trained with: "
+                f"data.root: the data there has {what} than the run was trained with{_change(old, new)}: "
                 f"set data.root to that data, or train another run on this"
             )
+
+
+def _change(old: Sequence[str] | None, new: Sequence[str] | None) -> str:
+    """Names that came and went, as far as they can be told apart and be read."""
+    gone, come = sorted(set(old or ()) - set(new or ())), sorted(set(new or ()) - set(old or ()))
+    if not gone and not come:
+        return " (in another order)"
+    parts = [f"{verb} {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for verb, names in
+             (("without", gone), ("with", come)) if names]  # fmt: skip
+    return f" ({', '.join(parts)})" if all(name.isprintable() and len(name) > 1 for name in gone + come) else ""
 
 
 def _plan(config: RunConfig, data: DataSet, workload: Workload, world: int) -> BatchPlan:

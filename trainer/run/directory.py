@@ -16,7 +16,7 @@ from torch import Tensor
 from ..boundary import Boundary, Outcome
 from ..config.options import RunConfig, UserError, differences, dump, is_safe
 from ..config.status import REASONS, Status, exit_code
-from ..data.description import to_json
+from ..data.description import Description, to_json
 from ..distributed.runtime import Runtime
 from ..figures import Figure
 from ..storage.checkpoint import Checkpoint, CheckpointStore, folder
@@ -108,13 +108,21 @@ class RunDirectory:
             stored = load_config(self.storage.read("config.yaml").decode(), f"{self.storage}/config.yaml")
             check_resume(self.config, stored, self.config.run.force_resume, self.tracker.note)
             with contextlib.suppress(UnreadableDescription):  # of another version: it is written again
-                check_outputs(description_of(self.storage), self.recipe.data.description)
+                self.check_data(description_of(self.storage))
         outcome = self.outcome.read()
         if not reached(outcome, self.recipe.limits):
             return {}
         self.tracker.note(f"{self.storage} is done; give another run.url or a longer duration to train more")
         print_result(outcome)
         return outcome
+
+    def check_data(self, before: Description) -> None:
+        """Report what the data has become since the run began; raises UserError where that are other classes."""
+        now = self.recipe.data.description
+        check_outputs(before, now)
+        for name, (old, new) in differences(to_json(before), to_json(now)).items():
+            effect = "" if name == "evaluated" else " (changes the result)"
+            self.tracker.note(f"changed since the run began: the data's {name}: {old!r} -> {new!r}{effect}")
 
     def newest(self) -> Checkpoint | None:
         """The newest valid checkpoint; the tracker continues from what was logged before it."""
