@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer import __version__, workloads
 from trainer.config.options import DataOptions
+from trainer.data.decoding import SUFFIXES
 from trainer.data.sources import open_data
 from trainer.run.opened import open_run
 
@@ -155,7 +156,10 @@ def test_images_are_brought_to_the_size_and_colours_of_the_data(trained: Finishe
     [
         (["torn.png"], "torn.png: cannot identify image file <image>: repair or remove it"),
         (["absent.png"], "absent.png: no such file or folder"),
-        (["empty"], "empty: no images in this folder (.jpg, .jpeg, .png, .webp, .bmp, .ppm, .pgm, .tif, .tiff)"),
+        (
+            ["empty"],
+            f"empty: no images in this folder ({', '.join(SUFFIXES)})",
+        ),
         (["torn.png", "--top", "0"], "predict: --top and --batch-size must be 1 or more"),
         (["torn.png", "--step", "7"], "{url}: no checkpoint of step 7; there are: 8, 16, 24"),
         (["torn.png", "--step", "x"], "predict: argument --step: invalid int value: 'x'; see --help"),

@@ -100,7 +100,7 @@ def test_translated_images_are_what_the_generator_makes_of_them(
     assert (code, out) == (0, f"5 translated by step 12: {tmp_path}/0.png and on")
     opened = open_run(name)
     workload = opened.workload.eval()
-    images = read_images([Path(f"photos/{i}.png") for i in range(5)], opened.images.normalised_to((-1, 1)))
+    images = read_images([Path(f"photos/{i}.png") for i in range(5)], opened.images.normalised_to((-1, 1)), "white")
     draws = Draws(0, ("translate",), slice(0, 5), torch.device("cpu"))
     expected = workload.translate(workload.input_of(images), draws, "forward")
     for i, image in enumerate(expected):
@@ -116,7 +116,7 @@ def test_a_run_of_two_domains_translates_both_ways(
     assert {p.name for p in (trained.folder / "domains" / "samples").iterdir()} >= {"step-00000012.png", "training.gif"}
     ask("translate", "domains", "photos", "--direction", direction, "--out", tmp_path)
     workload: Any = open_run("domains").workload.eval()
-    image = read_images([Path("photos/0.png")], workload.data.normalised_to((-1, 1)))
+    image = read_images([Path("photos/0.png")], workload.data.normalised_to((-1, 1)), "white")
     with torch.no_grad():
         (expected,) = (workload.to_b if direction == "AtoB" else workload.to_a)(image)
     pixels = np.asarray(Image.open(tmp_path / "0.png"), np.float64).transpose(2, 0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.config.options import DataOptions, UserError
 from trainer.data.dataset import DataSet, subsample
+from trainer.data.decoding import SUFFIXES
 from trainer.data.loader import BatchLoader
 from trainer.data.plan import BatchPlan
 from trainer.data.sources import open_data
@@ -179,8 +180,7 @@ def without(files: Mapping[str, bytes], *names: str) -> dict[str, bytes]:
         ),
         (
             {n: d for n, d in layout("A inside").items() if "train/B" not in n},
-            "data.root: train/B has no images (.jpg, .jpeg, .png, .webp, .bmp, .ppm, .pgm, .tif, .tiff): A and B need "
-            "one each per pair",
+            f"data.root: train/B has no images ({', '.join(SUFFIXES)}): A and B need one each per pair",
         ),
         (
             {n: d for n, d in layout("beside").items() if "val" not in n},

@@ -20,8 +20,9 @@ from PIL import Image
 
 from trainer.config.options import DataOptions, UserError
 from trainer.data.dataset import DataSet, Memory, subsample
+from trainer.data.decoding import BadSample, decode
 from trainer.data.sources import open_data
-from trainer.data.stored import BadSample, Files, decode
+from trainer.data.stored import Files
 
 from .. import pictures_on_disk as disk
 
@@ -337,7 +338,7 @@ def test_a_folder_that_cannot_be_used_is_described(anywhere: str) -> None:
     assert "pictures/train has no class folders" in complaint("folder", anywhere)
     disk.write(anywhere, {"train/cat/0.png": disk.png(0), "train/dog/notes.txt": b"no image"})
     assert "the class folder" in complaint("folder", anywhere)
-    assert "pictures/train/dog has no images (.jpg, .jpeg, .png" in complaint("folder", anywhere)
+    assert "pictures/train/dog has no images (.jpg, .jpeg, .jfif" in complaint("folder", anywhere)
     disk.write(anywhere, {"train/dog/0.JPG": disk.png(1), "val/fox/0.png": disk.png(2)})
     assert "pictures/val/fox is a class that train/ does not have" in complaint("folder", anywhere)
     disk.write(anywhere, {"train/fox/0.png": disk.png(3)})  # what is written later is read

@@ -93,3 +93,19 @@ def test_labels_in_memory_go_by_name_as_well() -> None:
     assert isinstance(moved.held_out, Memory)
     assert moved.held_out["label"].tolist() == [2, 0, 2]
     assert moved.description.classes == ("ape", "cat", "dog")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("shades", "said"), [
+    ((7,) * 8, "each has one value in all of its pixels"), ((), "are all equal"), ((1, 2, 3), "")
+])  # fmt: skip
+def test_images_that_show_nothing_are_noticed_at_the_start(shades: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for i in range(8):
+            path = tmp_path / "data" / split / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.new("L", (8, 8), 50 if len(shades) != 8 else 7 * i)
+            image.putpixel((0, 0), image.getpixel((0, 0)) + (len(shades) < 8) * (1 + len(shades) * i))
+            image.save(path)
+    text = run([*WORDS, "--duration", "1 steps"], tmp_path)
+    assert ("warning: " in text) == bool(said)
+    assert said in text

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.options import UserError
-from ..data.stored import BadSample, decode
+from ..data.decoding import BadSample, decode
 from ..pixels.layers import LayeredNetwork
 from ..storage.objects import Storage
 from .common import say
@@ -74,10 +74,10 @@ def choose_device(name: str) -> torch.device:
 def read_picture(name: str, size: int, network: LayeredNetwork) -> Tensor:
     """An image file as (1, C, H, W) in [0, 1], of this longer side, upright and in the colours that the network knows;
     raises UserError."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        image = ImageOps.exif_transpose(decode(Path(name).read_bytes(), name, network.channels))
+        image = decode(Path(name).read_bytes(), name, network.channels)
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except BadSample as error:

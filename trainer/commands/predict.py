@@ -24,8 +24,9 @@ def _probabilities(trained: Trained, paths: Sequence[Path], batch_size: int) -> 
     """(N, classes) float32 for image files, prepared as the held-out data is."""
     data = trained.images.normalised_to(trained.workload.input_range)
     network = trained.workload.eval().inference().eval()
+    background = trained.config.data.background
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-    return torch.cat([network(read_images(batch, data)).float().softmax(1) for batch in batches])
+    return torch.cat([network(read_images(batch, data, background)).float().softmax(1) for batch in batches])
 
 
 def main(words: Sequence[str]) -> int:

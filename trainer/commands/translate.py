@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> int:
     data = trained.images.normalised_to(workload.input_range)
     for start in range(0, len(paths), options.batch_size):
         rows = slice(start, min(start + options.batch_size, len(paths)))
-        images = read_images(paths[rows], data)
+        images = read_images(paths[rows], data, trained.config.data.background)
         inputs = images if options.inputs else workload.input_of(images)
         draws = Draws(options.seed, ("translate",), rows, torch.device("cpu"))
         for name, image in zip(names[rows], workload.translate(inputs, draws, direction), strict=True):

@@ -117,6 +117,8 @@ class DataOptions(Options):
     """Fake data only."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
     """Fake data, image folders, shards and pairs: 1 (grey) or 3 (colour)."""
+    background: Literal["white", "grey", "black"] = "white"
+    """Image files: what is seen through their transparent pixels."""
     direction: Literal["AtoB", "BtoA"] = "AtoB"
     """Pairs only: which of the two images is made of the other; A is the left one."""
     level: Literal["character", "word"] = "character"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config.options import DataOptions, UserError
+from .decoding import SUFFIXES, BadSample, decode
 from .description import ImageDescription
-from .stored import SUFFIXES, BadSample, decode
 from .transforms import Augment, Crop
 
 
@@ -31,7 +31,7 @@ def image_paths(names: Sequence[str]) -> list[Path]:
     return paths
 
 
-def read_images(paths: Sequence[Path], data: ImageDescription) -> Tensor:
+def read_images(paths: Sequence[Path], data: ImageDescription, background: str) -> Tensor:
     """(N, C, size, size) float32, normalised as `data` says; raises UserError that names a file that is no image."""
     options = DataOptions()
     crop = Crop(options, data.size, 0, train=False, variable_size=data.variable_size)
@@ -39,7 +39,7 @@ def read_images(paths: Sequence[Path], data: ImageDescription) -> Tensor:
     images = []
     for path in paths:
         try:
-            images.append(crop(decode(path.read_bytes(), str(path), data.channels), 0, 0))
+            images.append(crop(decode(path.read_bytes(), str(path), data.channels, background), 0, 0))
         except (BadSample, OSError) as error:
             raise UserError(f"{error}: repair or remove it") from None
     return normalise(torch.stack(images))

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from ..config.options import DataOptions, UserError
 from ..randomness import key
 from .dataset import DataSet, Encoded, Memory, Split, Stored, plan_of
+from .decoding import BadSample, decode
 from .description import Batch, ImageDescription
 from .plan import BatchPlan
-from .stored import BadSample, decode
 from .transforms import Augment, Crop, apply_policy
 
+LOOKED_AT = 8  # images, for what is strange about all of them
 TOGETHER_BYTES = 4 << 20  # of float32 images that the resident path prepares at once
 Sample = tuple[int, int]  # id and visit
 Read = tuple[dict[str, Tensor], Tensor, Tensor, list[str]]  # fields, ids, visits, what could not be read
@@ -91,7 +92,7 @@ class Reader(Dataset[Any]):
         for _ in range(min(1000, len(split))):
             try:
                 name = split.name(other)
-                images = [decode(data, name, split.channels) for data in encoded]
+                images = [decode(data, name, split.channels, self.crop.background) for data in encoded]
                 _check_shapes(images, name)
                 return [self.crop(image, other, visit) for image in images], other, problem
             except BadSample as error:
@@ -217,6 +218,18 @@ class BatchLoader:
             f"data.bad_images: {len(different)} images cannot be read, {self.options.bad_images} are allowed: "
             f"{first}: repair or remove them, or raise data.bad_images"
         )
+
+    def oddity(self) -> str:
+        """What is strange about a few training images, for the user; '' where nothing is."""
+        size, d = len(self.data.train), self.data.description
+        if not isinstance(d, ImageDescription) or d.size == 1 or size < 2:
+            return ""
+        reader = Reader(self.data.train, self.readers[1].crop)
+        images = reader.read([(i * size // LOOKED_AT, 0) for i in range(min(LOOKED_AT, size))])[0]["image"]
+        if bool((images == images[:, :1, :1, :1]).all()):
+            return f"of {len(images)} training images looked at, each has one value in all of its pixels"
+        equal = bool((images == images[0]).all())
+        return f"the {len(images)} training images looked at are all equal" if equal else ""
 
     def bad_samples(self) -> list[str]:
         return [*self.problems, *(self.partner.problems if self.partner else ())]

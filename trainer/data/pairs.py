@@ -7,7 +7,8 @@ from typing import Any
 
 from ..config.options import DataOptions, UserError
 from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem
-from .stored import SUFFIXES, BadSample, Files, decode, names_in
+from .decoding import SUFFIXES, BadSample, decode
+from .stored import Files, names_in
 
 FIELDS = ("image", "input")  # what is to be made, and what it is made of
 SIZE = 256  # pixels, as in the paper
@@ -18,9 +19,10 @@ class SideBySide(Files):
 
     image_fields: tuple[str, ...] = FIELDS
 
-    def __init__(self, url: str, paths: Sequence[str], channels: int, direction: str) -> None:
-        super().__init__(url, [(path, None, None) for path in paths], [0] * len(paths), channels)
-        self.left = "input" if direction == "AtoB" else "image"
+    def __init__(self, url: str, paths: Sequence[str], options: DataOptions) -> None:
+        super().__init__(url, [(path, None, None) for path in paths], [0] * len(paths), options.channels)
+        self.left = "input" if options.direction == "AtoB" else "image"
+        self.background = options.background
         self._kept: dict[tuple[int, str], Encoded] = {}  # halves whose other half alone was asked for so far
 
     def fetch(self, indices: Sequence[int], field: str = "image") -> list[Encoded]:
@@ -35,7 +37,7 @@ class SideBySide(Files):
 
     def _cut(self, data: Encoded, name: str) -> tuple[Encoded, Encoded]:
         try:
-            image = decode(data, name, self.channels)
+            image = decode(data, name, self.channels, self.background)
             width, height = image.size
             if width % 2:
                 raise BadSample(f"{name}: its width of {width} pixels is odd, so it is no two images side by side")
@@ -106,7 +108,7 @@ def _side_by_side(fs: Any, options: DataOptions, root: str, split: str) -> SideB
             f"data.root: {folder} has neither images of two side by side nor folders A and B{there}: for a set "
             f"without pairs use data.name folder and workload.pairs edges, grey or low_resolution"
         )
-    files = SideBySide(root, paths, options.channels, options.direction)
+    files = SideBySide(root, paths, options)
     first = files.fetch([0])[0]  # a whole set of other images shall not be found out at the first step
     if isinstance(first, BadSample) and not options.bad_images:
         raise UserError(f"data.root: {first}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
-import re
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,41 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
 from ..config.options import DataOptions, UserError
 from .dataset import DataSet, Encoded, Stored, choose_split, describe, filesystem, local_root, reason_of
+from .decoding import SUFFIXES
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-MAX_PIXELS = 89_000_000  # PIL warns from here on: no photograph, probably a decompression bomb
-
-
-class BadSample(Exception):
-    """A sample cannot be read; the message names its file."""
-
-
-def decode(data: Encoded, name: str, channels: int) -> Any:
-    """A PIL image in grey or colour; raises BadSample with the same message each time, so that it is counted once."""
-    from PIL import Image
-
-    if isinstance(data, Image.Image):
-        return data.convert("L" if channels == 1 else "RGB")
-    if isinstance(data, BadSample):
-        raise data
-    if isinstance(data, Exception):
-        raise BadSample(f"{name}: {reason_of(data)}")
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are too many")
-        if image.mode.startswith("I;16"):  # PIL would clip values above 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # PIL raises whatever its many formats raise
-        raise BadSample(f"{name}: {re.sub('<_io.BytesIO object at .*>', 'of it', reason_of(error))}") from None
 
 
 def names_in(fs: Any, path: str) -> list[str]:

@@ -23,6 +23,7 @@ class Crop:
 
     def __init__(self, options: DataOptions, size: int, seed: int, train: bool, variable_size: bool) -> None:
         self.size, self.seed, self.policy = size, seed, options.policy if train else "none"
+        self.background = options.background
         self.share = 0.875 if variable_size and size >= 128 else 1.0  # of the shorter side
         self.random = train and (variable_size if options.resized_crop is None else options.resized_crop)
 
