@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from trainer import workloads
 from trainer.data.dataset import DataSet, Memory, relabelled
 from trainer.data.description import ImageDescription
+from trainer.run.build import recipe
 
 from ..ranks import run
 from ..results import outcome
@@ -109,3 +111,23 @@ def test_images_that_show_nothing_are_noticed_at_the_start(shades: tuple[int, ..
     text = run([*WORDS, "--duration", "1 steps"], tmp_path)
     assert ("warning: " in text) == bool(said)
     assert said in text
+
+
+def test_small_images_are_not_enlarged_without_a_word(tmp_path: Path) -> None:
+    images(tmp_path / "data", SHADES)
+    text = run([*WORDS, "--data.size", "64", "--duration", "1 steps"], tmp_path)
+    assert "warning: images of 8 pixels are enlarged to 64, which costs time and shows nothing more: " in text
+    assert "set data.size to 8\n" in text
+    assert "enlarged" not in run([*WORDS, "--duration", "1 steps", "--run.url", "as they are"], tmp_path)
+
+
+@pytest.mark.parametrize(("workload", "random"), [("classifier", True), ("dcgan", False), ("cyclegan", False)])
+def test_what_makes_images_learns_whole_ones(workload: str, random: bool, tmp_path: Path) -> None:
+    """A classifier of photographs sees random crops of them, unless the user says otherwise."""
+    images(tmp_path, SHADES)
+    model = workloads.config_model(workload)
+    for said, expected in ((None, random), (True, True), (False, False)):
+        more = {"domains": ("ape", "cat")} if workload == "cyclegan" else {}
+        data = {"name": "folder", "root": str(tmp_path), "size": 16, "workers": 0, "resized_crop": said, **more}
+        parts = recipe(model(data=data, workload={"name": workload}), 1)  # type: ignore[arg-type]
+        assert parts.plain_loader(4).readers[0].crop.random == expected  # type: ignore[union-attr]

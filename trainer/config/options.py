@@ -106,7 +106,7 @@ class DataOptions(Options):
     flip: bool = False
     """Mirror half of the images."""
     resized_crop: bool | None = None
-    """Crop at random and resize. Default: on for image folders, shards, LSUN and ImageNet, off elsewhere."""
+    """Crop at random and resize. Default: on for classifiers of image folders, shards, LSUN and ImageNet, else off."""
     policy: Literal["none", "trivial", "rand"] = "none"
     """TrivialAugment (Müller and Hutter 2021) or RandAugment (Cubuk et al. 2020)."""
     erase: float = Field(0.0, ge=0, le=1)

@@ -5,6 +5,7 @@ Both give the same batches. Training and evaluation share the code; what differs
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import signal
@@ -54,6 +55,16 @@ class Reader(Dataset[Any]):
         if isinstance(self.split, Memory):
             return self._from_memory(self.split, samples, ids), ids, visits, []
         return self._from_storage(self.split, samples, ids, visits)
+
+    def sizes(self, ids: Sequence[int]) -> list[int]:
+        """The shorter sides in pixels of stored images as they are, of those that can be read."""
+        if isinstance(self.split, Memory):
+            return []
+        sizes = []
+        for index, data in zip(ids, self.split.fetch(ids, self.split.image_fields[0]), strict=True):
+            with contextlib.suppress(BadSample):
+                sizes.append(min(decode(data, self.split.name(index), self.split.channels).size))
+        return sizes
 
     def _from_memory(self, split: Memory, samples: list[Sample], ids: Tensor) -> dict[str, Tensor]:
         fields = {name: tensor[ids] for name, tensor in split.fields.items()}
@@ -219,17 +230,26 @@ class BatchLoader:
             f"{first}: repair or remove them, or raise data.bad_images"
         )
 
-    def oddity(self) -> str:
-        """What is strange about a few training images, for the user; '' where nothing is."""
-        size, d = len(self.data.train), self.data.description
-        if not isinstance(d, ImageDescription) or d.size == 1 or size < 2:
-            return ""
-        reader = Reader(self.data.train, self.readers[1].crop)
-        images = reader.read([(i * size // LOOKED_AT, 0) for i in range(min(LOOKED_AT, size))])[0]["image"]
+    def oddities(self) -> list[str]:
+        """What a look at a few training images finds strange, for the user."""
+        split, d = self.data.train, self.data.description
+        if not isinstance(d, ImageDescription) or d.size == 1 or len(split) < 2:
+            return []
+        reader = Reader(split, self.readers[1].crop)
+        ids = [i * len(split) // LOOKED_AT for i in range(min(LOOKED_AT, len(split)))]
+        images = reader.read([(i, 0) for i in ids])[0]["image"]
+        found = []
         if bool((images == images[:, :1, :1, :1]).all()):
-            return f"of {len(images)} training images looked at, each has one value in all of its pixels"
-        equal = bool((images == images[0]).all())
-        return f"the {len(images)} training images looked at are all equal" if equal else ""
+            found.append(f"of {len(ids)} training images looked at, each has one value in all of its pixels")
+        elif bool((images == images[0]).all()):
+            found.append(f"the {len(ids)} training images looked at are all equal")
+        largest = max(reader.sizes(ids), default=d.size)
+        if largest * 2 <= d.size:
+            found.append(
+                f"images of {largest} pixels are enlarged to {d.size}, which costs time and shows nothing more: "
+                f"set data.size to {largest}"
+            )
+        return found
 
     def bad_samples(self) -> list[str]:
         return [*self.problems, *(self.partner.problems if self.partner else ())]

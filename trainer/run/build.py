@@ -13,7 +13,7 @@ import torch
 from .. import schedule, workloads
 from ..boundary import Boundary
 from ..config.duration import Duration
-from ..config.options import RunConfig, UserError, data_root
+from ..config.options import DataOptions, RunConfig, UserError, data_root
 from ..data.dataset import DataSet, plan_of, relabelled, subsample
 from ..data.description import Batch, Description, ImageDescription
 from ..data.loader import BatchLoader
@@ -99,10 +99,18 @@ class Recipe:
         """Move the workload to the device."""
         runtime.prepare(self.workload, self.config.channels_last, compiled)
 
+    @property
+    def data_options(self) -> DataOptions:
+        """With the default of the kind of workload: what makes images is to learn whole ones."""
+        options = self.config.data
+        if options.resized_crop is None and self.workload.generates:
+            return options.model_copy(update={"resized_crop": False})
+        return options
+
     def open_loader(self, runtime: Runtime) -> BatchLoader:
         config, workload = self.config, self.workload
         return BatchLoader(
-            self.data, self.plan, config.data, rank=runtime.rank, world=runtime.world, device=runtime.device,
+            self.data, self.plan, self.data_options, rank=runtime.rank, world=runtime.world, device=runtime.device,
             dtype=runtime.dtype, evaluation_batch=config.evaluate.batch_size, input_range=workload.input_range,
             channels_last=runtime.channels_last(workload, config.channels_last),
         )  # fmt: skip
@@ -115,7 +123,7 @@ class Recipe:
         """Without a process group, on the CPU in fp32, reading what it is asked for alone."""
         plan = replace(self.plan, batch_size=rows, accumulation=1)
         return BatchLoader(
-            self.data, plan, self.config.data.model_copy(update={"workers": 0, "resident": "no"}), rank=0, world=1,
+            self.data, plan, self.data_options.model_copy(update={"workers": 0, "resident": "no"}), rank=0, world=1,
             device=torch.device("cpu"), dtype=torch.float32, channels_last=False, evaluation_batch=rows,
             input_range=self.workload.input_range,
         )  # fmt: skip

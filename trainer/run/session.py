@@ -160,8 +160,8 @@ class Session:
 
         parts.prepare_workload(runtime, parts.config.compile)
         loader = parts.open_loader(runtime)
-        if runtime.main and not self.rollbacks and (odd := loader.oddity()):
-            self.directory.tracker.note(f"warning: {odd}")
+        for oddity in loader.oddities() if runtime.main and not self.rollbacks else ():
+            self.directory.tracker.note(f"warning: {oddity}")
         resumed = agreed(runtime, find)
         self.rollbacks = resumed.rollbacks
         parts.prepare_reference(loader, runtime)
