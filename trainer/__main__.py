@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .distributed.signals import HELD_BACK
+
 COMMANDS = {
     "train": "train a run, or resume it (the default command)",
     "evaluate": "evaluate a checkpoint on its held-out data",
@@ -93,11 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if command == "train":  # importing torch takes seconds, and a signal must neither kill nor be lost meanwhile
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
         return _run(command, words)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
 
 @contextlib.contextmanager
@@ -151,7 +153,10 @@ def _run(command: str, words: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more; Python would try again at its exit, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     # Abandoned storage or W&B threads must not hold up the exit, and everything is written by now.
     os._exit(code) if code else sys.exit(code)

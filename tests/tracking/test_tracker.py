@@ -265,7 +265,7 @@ def test_without_a_terminal_every_record_is_a_line_of_at_most_80_columns() -> No
     assert len(line) <= 80
 
 
-def test_a_full_disk_behind_standard_output_does_not_end_a_run() -> None:
+def test_an_output_that_cannot_be_written_does_not_end_a_run() -> None:
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -274,9 +274,15 @@ def test_a_full_disk_behind_standard_output_does_not_end_a_run() -> None:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    Console(10, stream=Full()).note("something")
-    with pytest.raises(BrokenPipeError):  # nobody reads any more, which is like Ctrl-C
-        Console(10, stream=Gone()).note("something")
+    for stream in (Full(), Gone()):
+        Console(10, stream=stream).note("something")
+
+
+def test_a_terminal_of_few_characters_shows_the_others_by_their_number() -> None:
+    raw = io.BytesIO()
+    terminal = io.TextIOWrapper(raw, "ascii", write_through=True)
+    Console(10, stream=terminal).note("Zürich 犬")
+    assert raw.getvalue() == b"Z\\xfcrich \\u72ac\n"
 
 
 SCRIPT = """

@@ -136,7 +136,7 @@ class _Batches(Sampler[list[Sample]]):
 
 def _start_worker(_: int) -> None:
     """Signals are for the ranks: a worker that dies of one would take its rank along before it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     _keep_inherited_file_systems()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)  # by the command line while it imports, so that none kills or is lost
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # the last: its terminal has closed
+HELD_BACK = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # while the command line imports, so that none is lost
 
 
 class StopSignals:
@@ -18,6 +18,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # by nohup: to go on
+                continue
             self._handlers[number] = signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         return self

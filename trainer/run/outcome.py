@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from ..boundary import Outcome
@@ -10,6 +11,7 @@ from ..schedule import Limits
 from ..storage.goodput import current_attempt
 from ..storage.lease import Lease
 from ..storage.objects import Storage, StorageError
+from ..tracking.console import Output
 from ..tracking.tracker import Tracker
 
 NAME = "outcome.json"
@@ -61,4 +63,5 @@ def reached(outcome: dict[str, Any], limits: Limits) -> bool:
 def print_result(result: dict[str, Any]) -> None:
     """The last line of a run."""
     hidden = ("reason", "metrics", "seconds", "health", "rollbacks", "goodput", "life")
-    print(json.dumps({k: v for k, v in result.items() if k not in hidden}), flush=True)  # noqa: T201
+    shown = {key: value for key, value in result.items() if key not in hidden}
+    print(json.dumps(shown), file=Output(sys.stdout), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -35,6 +36,29 @@ def shown_text(values: Mapping[str, float], scalars: Mapping[str, ScalarDisplay]
     return [f"{scalars[base].label or base} {value_text(base, values[name])}" for name, base in bases.items()]
 
 
+class Output:
+    """A text stream that a run may lose, and goes on without: a closed pipe or terminal, a full disk behind it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed in this process
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a terminal of fewer characters
+                encoding = getattr(self._stream, "encoding", None) or "ascii"
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 class Console:
     """A progress bar with ETA on a terminal, lines of the same content without one."""
 
@@ -42,7 +66,7 @@ class Console:
         self, total: int | None, scalars: Mapping[str, ScalarDisplay] = {}, stream: IO[str] | None = None
     ) -> None:
         self._scalars = scalars
-        self._stream = stream or sys.stdout
+        self._stream: Any = Output(stream or sys.stdout)
         self._total = total
         self._step = self._first = 0
         self._begin = time.monotonic()
@@ -104,15 +128,10 @@ class Console:
         self.note(_line([*parts, *(["held out"] if kind == "evaluate" else [])], WIDTH))
 
     def note(self, text: str) -> None:
-        try:
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError:  # a full disk behind standard output must not end the run; the metric log has the numbers
-            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
