@@ -90,12 +90,12 @@ def network_of(settings: dict[str, Any]) -> nn.Module:
     return network.train().to(DEVICE).to(memory_format=torch.channels_last)
 
 
-def bare(settings: dict[str, Any], network: nn.Module, compiled: bool = False) -> Iterator[None]:
-    """A step with each `next`."""
+def loop(
+    settings: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
+    """The steps of a classifier on one batch, without end."""
     images, labels = batch_of(settings)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5, fused=True)
-    if compiled:
-        network.compile()
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5, fused=True)
     while True:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = F.cross_entropy(network(images), labels)
@@ -105,22 +105,20 @@ def bare(settings: dict[str, Any], network: nn.Module, compiled: bool = False) -
         yield
 
 
+def compiled_network(settings: dict[str, Any]) -> nn.Module:
+    network = network_of(settings)
+    network.compile()
+    return network
+
+
 def timm_loop(settings: dict[str, Any]) -> Iterator[None]:
-    """timm's network, optimizer and loss."""
+    """timm's network and optimizer."""
     import timm
     from timm.optim import create_optimizer_v2
 
     network = timm.create_model(settings["workload"]["network"], num_classes=settings["data"]["classes"])
     network = network.to(DEVICE).to(memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(network, opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-5)
-    images, labels = batch_of(settings)
-    while True:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = F.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield
+    return loop(settings, network, create_optimizer_v2(network, opt="sgd", lr=0.1, momentum=0.9, weight_decay=5e-5))
 
 
 def lightning(settings: dict[str, Any], network: nn.Module) -> Block:
@@ -199,10 +197,10 @@ def contenders(case: str, quick: bool, compiled: bool, stack: contextlib.ExitSta
     if compiled:
         made["ours, compiled"] = lambda: own(compile=True)
     if case.startswith("resnet"):
-        made["bare"] = lambda: on_the_clock(steps_of(bare(settings, network_of(settings))))
+        made["bare"] = lambda: on_the_clock(steps_of(loop(settings, network_of(settings))))
         made["lightning"] = lambda: lightning(settings, network_of(settings))
         if compiled:
-            made["bare, compiled"] = lambda: on_the_clock(steps_of(bare(settings, network_of(settings), True)))
+            made["bare, compiled"] = lambda: on_the_clock(steps_of(loop(settings, compiled_network(settings))))
     if case == "resnet50 224":
         made["timm"] = lambda: on_the_clock(steps_of(timm_loop(settings)))
     if case == "dcgan 64":

@@ -148,7 +148,7 @@ def test_a_class_folder_without_images(tmp_path: Path, world: int) -> None:
     image_folder(tmp_path / "images")
     (tmp_path / "images" / "train" / "eel").mkdir()
     said = refused([*FOLDER, *SHORT], tmp_path, world)
-    assert re.match(r"data.root: the class folder \S*images/train/eel has no images \(.jpg, .jpeg, .png", said)
+    assert re.match(r"data.root: the class folder \S*images/train/eel has no images \(.jpg, .jpeg, .jfif", said)
 
 
 @WORLDS

@@ -44,7 +44,14 @@ class Reference:
                 f"metrics.features: rank 0 has {labels[0]}, rank {other} has {labels[other]}: use one run for "
                 f"all, in a shared folder or copied to every machine"
             )
-        file = self._name(loader) if runtime.main and self.cache else ""
+        file = problem = ""
+        if runtime.main and self.cache:
+            try:
+                file = self._name(loader)
+            except UserError as error:  # storage does not answer
+                problem = str(error)
+        if problem := runtime.broadcast(problem):
+            raise UserError(problem)
         groups = runtime.broadcast_groups(self._cached(file) if runtime.main else None)
         if not groups:
             sources: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {

@@ -160,7 +160,7 @@ class Session:
 
         parts.prepare_workload(runtime, parts.config.compile)
         loader = parts.open_loader(runtime)
-        for oddity in loader.oddities() if runtime.main and not self.rollbacks else ():
+        for oddity in agreed(runtime, loader.oddities) if not self.rollbacks else ():
             self.directory.tracker.note(f"warning: {oddity}")
         resumed = agreed(runtime, find)
         self.rollbacks = resumed.rollbacks
