@@ -82,6 +82,15 @@ def test_sixteen_bits_are_scaled_by_their_range(kind: str) -> None:
     assert grey(data).tolist() == (DEEP >> 8).tolist()
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_an_image_of_sixteen_bits_is_turned_as_well(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(DEEP), kind, exif=exif)
+    assert grey(data).tolist() == TURNED[orientation](DEEP >> 8).tolist()
+
+
 def test_a_pgm_of_another_maximum_is_scaled_by_that() -> None:
     data = b"P5\n8 6\n4095\n" + (DEEP >> 4).astype(">u2").tobytes()
     assert np.abs(grey(data).astype(int) - (DEEP >> 8)).max() <= 1

@@ -16,6 +16,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif", ".avif", ".jp2",
 )  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "JPEG2000")  # others may start programs
+ORIENTATION, PHOTOMETRIC = 274, 262  # tags of EXIF and TIFF
 MAX_PIXELS = 89_000_000  # PIL warns from here on: no photograph, probably a decompression bomb
 
 
@@ -63,8 +64,8 @@ def _in_8_bits(image: Any) -> Any:
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     pixels = np.asarray(image).astype(np.int64)
-    if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # PhotometricInterpretation: white is zero
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # white is zero, which PIL heeds in 8 bits
         pixels = 65535 - pixels
     eight = Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8))
-    eight.info = {key: value for key, value in image.info.items() if key == "exif"}
+    eight.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     return eight
