@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_labels_in_memory_go_by_name_as_well() -> None:
 
 
 @pytest.mark.parametrize(("shades", "said"), [
-    ((7,) * 8, "each has one value in all of its pixels"), ((), "are all equal"), ((1, 2, 3), "")
+    ((7,) * 8, "each has one colour in all of its pixels"), ((), "are all equal"), ((1, 2, 3), "")
 ])  # fmt: skip
 def test_images_that_show_nothing_are_noticed_at_the_start(shades: tuple[int, ...], said: str, tmp_path: Path) -> None:
     for split in ("train", "val"):
@@ -131,3 +132,15 @@ def test_what_makes_images_learns_whole_ones(workload: str, random: bool, tmp_pa
         data = {"name": "folder", "root": str(tmp_path), "size": 16, "workers": 0, "resized_crop": said, **more}
         parts = recipe(model(data=data, workload={"name": workload}), 1)  # type: ignore[arg-type]
         assert parts.plain_loader(4).readers[0].crop.random == expected  # type: ignore[union-attr]
+
+
+def test_images_of_one_colour_are_noticed_as_those_of_one_grey_are(tmp_path: Path) -> None:
+    for split, i in itertools.product(("train", "val"), range(8)):
+        path = tmp_path / split / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (200, 10 * i, 0)).save(path)
+    data = {"name": "folder", "root": str(tmp_path), "size": 8, "workers": 0}
+    parts = recipe(workloads.config_model("classifier")(data=data), 1)  # type: ignore[arg-type]
+    assert parts.plain_loader(4).oddities() == [
+        "of 8 training images looked at, each has one colour in all of its pixels"
+    ]

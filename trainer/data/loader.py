@@ -239,8 +239,8 @@ class BatchLoader:
         ids = [i * len(split) // LOOKED_AT for i in range(min(LOOKED_AT, len(split)))]
         images = reader.read([(i, 0) for i in ids])[0]["image"]
         found = []
-        if bool((images == images[:, :1, :1, :1]).all()):
-            found.append(f"of {len(ids)} training images looked at, each has one value in all of its pixels")
+        if bool((images == images[:, :, :1, :1]).all()):
+            found.append(f"of {len(ids)} training images looked at, each has one colour in all of its pixels")
         elif bool((images == images[0]).all()):
             found.append(f"the {len(ids)} training images looked at are all equal")
         largest = max(reader.sizes(ids), default=d.size)
