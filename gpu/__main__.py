@@ -24,8 +24,6 @@ PARTS: dict[str, tuple[list[str], float]] = {  # command, and seconds
     "quality": (["-m", "gpu.quality"], 420),
 }  # fmt: skip
 MORE = {"speed", "quality"}  # write JSON and pictures into a folder of their own
-
-
 QUICK = {  # what of a part a rehearsal on a CPU takes
     "tests": ["-n", "0", "-k", "compiled"],
     "speed": ["--quick", "--cases", "dcgan 64"],
@@ -78,7 +76,7 @@ def main() -> int:
             if (folder := options.out / name).is_dir():
                 archive.add(folder, name)
     print(json.dumps(summary))
-    return int(any(part["exit_code"] for part in summary.values() if isinstance(part, dict)))  # type: ignore[index]
+    return int(any(part["exit_code"] for part in summary.values() if isinstance(part, dict)))
 
 
 def _processor() -> str:

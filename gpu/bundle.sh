@@ -2,7 +2,7 @@
 # Collect in .gpu/ what a GPU machine needs that has PyTorch and reaches no network: wheels, data sets, classifiers that
 # score GANs. Then copy the repository with .gpu/ there, and `bash gpu/run.sh`.
 #
-#   make gpu-bundle                     for Python 3.12; needs $TRAINER_DATA, or ../shared/data
+#   make gpu-bundle                     for Python 3.12; needs $TRAINER_DATA
 #   GPU_PYTHON=3.11 make gpu-bundle
 set -euo pipefail
 cd "$(dirname "$0")/.."
